@@ -1,0 +1,91 @@
+"""The sync check: clean -> export -> clean must change nothing, and what the notebooks store must be fit to publish.
+
+Works on the tree as it is, committed or not: it compares files before and after, so it never needs git.
+"""
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_NOTEBOOK, MAX_PICTURE = 500_000, 120_000  # bytes: a notebook on disk, one stored picture
+PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|mnt|opt|var|usr)/[\w.-]+")
+BAR = re.compile(r"\d+%\|")
+ADDRESS = re.compile(r"object at 0x[0-9a-f]+")
+
+
+def files():
+    return [p for d in ("nbs", "mep") for p in sorted((ROOT / d).rglob("*"))
+            if p.is_file() and p.suffix in {".ipynb", ".py", ".yml"} and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)]
+
+
+def snapshot():
+    return {p.relative_to(ROOT): hashlib.sha256(p.read_bytes()).hexdigest() for p in files()}
+
+
+def run(tool):
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    out = subprocess.run([tool], cwd=ROOT, env=env, capture_output=True, text=True)
+    if out.returncode:
+        sys.exit(f"{tool} failed:\n{out.stdout}{out.stderr}")
+
+
+def in_sync():
+    before = snapshot()
+    for tool in ("nbdev_clean", "nbdev_export", "nbdev_clean"):
+        run(tool)
+    after = snapshot()
+    changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+    return [f"{p}: changed by clean -> export; review it and commit notebook and module together" for p in changed]
+
+
+def orphans():
+    "Modules that say they come from a notebook which is gone."
+    made = re.compile(r"File to edit: (\S+\.ipynb)")
+    found = []
+    for p in (ROOT / "mep").rglob("*.py"):
+        m = made.search(p.read_text(encoding="utf-8")[:600])
+        if m and not (p.parent / m[1]).resolve().exists():
+            found.append(f"{p.relative_to(ROOT)}: its notebook {m[1]} does not exist; delete the module or restore the notebook")
+    return found
+
+
+def stored(path):
+    "What a notebook stores that it should not."
+    name, cells = path.relative_to(ROOT), json.loads(path.read_text(encoding="utf-8"))["cells"]
+    if path.stat().st_size > MAX_NOTEBOOK:
+        yield f"{name}: {path.stat().st_size // 1000} kB; keep it under {MAX_NOTEBOOK // 1000} kB (fewer or smaller pictures)"
+    for i, cell in enumerate(cells):
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            text = "".join(out.get("text", "")) + "".join("".join(data.get(k, "")) for k in ("text/plain", "text/html", "text/markdown"))
+            if out.get("output_type") == "error":
+                yield f"{name}, cell {i}: stores an error; run the notebook top to bottom"
+            if out.get("name") == "stderr":
+                yield f"{name}, cell {i}: stores what went to stderr (a warning or a progress bar)"
+            for what, pattern in (("a path of one machine", PATH), ("a progress bar", BAR), ("an object's address", ADDRESS)):
+                if m := pattern.search(text):
+                    yield f"{name}, cell {i}: stores {what}: {m[0]}"
+            if "application/vnd.jupyter.widget-view+json" in data:
+                yield f"{name}, cell {i}: stores a widget, which readers of the site cannot see"
+            picture = len("".join(data.get("image/png", ""))) * 3 // 4
+            if picture > MAX_PICTURE:
+                yield f"{name}, cell {i}: a picture of {picture // 1000} kB; keep it under {MAX_PICTURE // 1000} kB"
+
+
+def main():
+    problems = in_sync() + orphans()
+    notebooks = [p for p in files() if p.suffix == ".ipynb"]
+    problems += [s for p in notebooks for s in stored(p)]
+    fresh = subprocess.run([sys.executable, str(ROOT / "tools" / "readme.py"), "--check"], capture_output=True, text=True)
+    if fresh.returncode:
+        problems.append(fresh.stdout.strip() or fresh.stderr.strip())
+    print("\n".join(problems) or f"check: ok ({len(notebooks)} notebooks in sync with mep/, stored outputs fit to publish, README.md fresh)")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
