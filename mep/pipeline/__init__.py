@@ -1,0 +1,19 @@
+"""The whole pipeline: `mep.pipeline.run(config)`, and the shell command `mep`."""
+
+_HOME = {"run": "core", "Config": "core", "STAGES": "core", "Report": "report"}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    "Import on first use, so that `mep --help` doesn't wait for PyTorch."
+    import importlib
+
+    if name in _HOME:
+        return getattr(importlib.import_module(f"mep.pipeline.{_HOME[name]}"), name)
+    if name in ("core", "report", "cli"):
+        return importlib.import_module(f"mep.pipeline.{name}")
+    raise AttributeError(f"module 'mep.pipeline' has no attribute {name!r}; it has {', '.join([*__all__, 'core', 'report', 'cli'])}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])
