@@ -30,8 +30,8 @@ demo: $(STAMP)  ## the main job: train, quantize to INT8, export, measure; ends 
 	@$(BIN)/mep run --data shapes --out $(OUT)
 
 test: $(STAMP)  ## run every notebook and every test, one process per core
-	@OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev_test --n_workers $(JOBS)
-	@OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MPLBACKEND=agg $(BIN)/nbdev_test --n_workers $(JOBS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MPLBACKEND=agg $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests
 
 check: $(STAMP)  ## clean -> export changes nothing; notebooks hold no paths and stay small; README is fresh; ruff
 	@$(BIN)/python tools/check.py

@@ -94,6 +94,7 @@ RC = {"figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": P
 # %% ../nbs/05_plot.ipynb #6748ed61
 def style() -> AbstractContextManager:
     "Figures made inside `with style():` look like the book's; `plt.style.use(RC)` does the same for a whole notebook"
+    plt.draw_if_interactive()   # loads the backend first: inside, its own settings would end with the block, and Jupyter would show no figure after it
     return matplotlib.rc_context(RC)
 
 # %% ../nbs/05_plot.ipynb #949f2bcc

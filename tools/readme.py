@@ -1,8 +1,11 @@
-"""README.md from nbs/index.ipynb, without Quarto: markdown cells, code cells with their text outputs, links moved to the repository's root.
+"""README.md from nbs/index.ipynb, without Quarto: markdown cells, code cells with their outputs, links moved to the repository's root.
+
+Pictures go to images/, because GitHub shows no picture that is part of a README's text.
 
 python tools/readme.py           write README.md
 python tools/readme.py --check   say whether README.md is what the notebook yields (exit 1 if not)
 """
+import base64
 import json
 import re
 import sys
@@ -20,15 +23,24 @@ def relink(text):
     return LINK.sub(move, text)
 
 
-def output_text(out):
+def output_text(out, cell, pictures):
     data = out.get("data", {})
+    if "image/png" in data:
+        name = f"images/{cell['id']}.png"
+        pictures[name] = base64.b64decode("".join(data["image/png"]))
+        return f"![{caption(cell)}]({name})"
     if "text/markdown" in data:
         return "".join(data["text/markdown"]).strip()
     text = "".join(out.get("text", "")) or "".join(data.get("text/plain", ""))
     return "```\n" + text.rstrip() + "\n```" if text.strip() else ""
 
 
-def cell_text(cell):
+def caption(cell):
+    found = re.search(r"^#\|\s*fig-(?:alt|cap):\s*(.+)$", "".join(cell["source"]), re.M)
+    return found[1].strip('"') if found else ""
+
+
+def cell_text(cell, pictures):
     source = "".join(cell["source"]).strip()
     if cell["cell_type"] == "markdown":
         return relink(source)
@@ -37,18 +49,26 @@ def cell_text(cell):
     hidden = re.search(r"^#\|\s*echo:\s*false", source, re.M)
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|"))
     parts = [] if hidden else [f"```python\n{code.strip()}\n```"]
-    return "\n\n".join(parts + [relink(t) for t in map(output_text, cell.get("outputs", [])) if t])
+    texts = [output_text(o, cell, pictures) for o in cell.get("outputs", [])]
+    return "\n\n".join(parts + [t if t.startswith("![") else relink(t) for t in texts if t])
 
 
 def readme():
-    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
-    return "<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n" + "\n\n".join(t for t in map(cell_text, cells) if t) + "\n"
+    "What the notebook yields: file -> content."
+    cells, pictures = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"], {}
+    text = "\n\n".join(t for t in [cell_text(c, pictures) for c in cells] if t)
+    head = "<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n"
+    return {"README.md": (head + text + "\n").encode(), **pictures}
 
 
 if __name__ == "__main__":
-    path, text = ROOT / "README.md", readme()
+    wanted = readme()
+    stale = [name for name, content in wanted.items() if not (ROOT / name).exists() or (ROOT / name).read_bytes() != content]
     if "--check" in sys.argv:
-        fresh = path.exists() and path.read_text(encoding="utf-8") == text
-        print("README.md: " + ("ok" if fresh else "not what nbs/index.ipynb yields; run: python tools/readme.py"))
-        sys.exit(not fresh)
-    path.write_text(text, encoding="utf-8")
+        print("README.md: " + (f"{', '.join(stale)} not what nbs/index.ipynb yields; run: python tools/readme.py" if stale else "ok"))
+        sys.exit(bool(stale))
+    for name in stale:
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_bytes(wanted[name])
+    for old in set((ROOT / "images").glob("*.png")) - {ROOT / name for name in wanted}:
+        old.unlink()
