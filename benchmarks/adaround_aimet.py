@@ -144,8 +144,8 @@ def by_aimet(net, calib, iterations, folder):
 
 
 def by_mep(net, calib, function, options):
-    from mep.quant import adaround, sim
-    return getattr(adaround if function == "adaround" else sim, function)(net, calib, progress=False, **options)
+    import mep.quant
+    return getattr(mep.quant, function)(net, calib, progress=False, **options)
 
 
 def rounding_table(net, calib, folder, draws, images):
@@ -179,7 +179,7 @@ def zoo(name, widths, calib=1024):
     images, (want, y) = data.calibration(sets, calib), train.logits(net, sets.test)
     record = dict(network=name, float_top1=(want.argmax(1) == y).float().mean().item(), images=len(y))
     for bits in widths:
-        for how, function in (("nearest", sim.quantize), ("gram", adaround.adaround)):
+        for how, function in (("nearest", sim.quantize), ("gram", adaround)):
             start = time.perf_counter()
             quantized = function(net, images, bits, progress=False)
             seconds, got = time.perf_counter() - start, train.logits(quantized, sets.test)[0]

@@ -31,6 +31,7 @@ RECIPES = {
     "constant rate": dict(schedule=constant, lr=0.05),
     "constant rate + averaging": dict(schedule=constant, lr=0.05, ema=0.99),
     "cosine": dict(),
+    "cosine, 1.75 x the epochs": dict(stretch=1.75),   # about the time that distillation takes
     "cosine + smoothing": dict(label_smoothing=0.1),
     "cosine + averaging": dict(ema=0.99),
     "cosine + distillation": dict(teacher=True),
@@ -46,7 +47,8 @@ def score(spec, epochs, seed, recipe, teacher, folder, key):
     kept = store.Store(folder)
     if key in kept: return kept.get(key).meta
     d = data.load("shapes", seed=seed, **DATA)
-    recipe = recipe | (dict(teacher=teacher) if recipe.get("teacher") else {})
+    recipe = recipe | (dict(teacher=teacher) if recipe.get("teacher") else {})   # a copy
+    epochs = round(epochs * recipe.pop("stretch", 1))
     start = time.process_time()
     done = train.fit(network(spec, 16, seed), d.train, epochs, seed=seed, progress=False, device="cpu", **recipe)
     kept.put(key, meta=[train.accuracy(done.model, d.test), time.process_time() - start])
@@ -71,7 +73,7 @@ def measure(jobs, folder):
     teacher = train.fit(network(TEACHER, 16, 99), d.train, 12, progress=False, device="cpu", checkpoint=folder / "teacher.safetensors").model
     todo = [("recipes", b, name, (STUDENT, epochs, s, r)) for b, epochs in BUDGETS.items() for name, r in RECIPES.items() for s in SEEDS]
     todo += [("optimizers", net, " ".join(map(str, key)), (dict(name=net), BUDGETS["short"], s, r)) for net in train.REFERENCES for key, r in OPTIMIZERS.items() for s in SEEDS]
-    scores = jobs(joblib.delayed(score)(*args, teacher, folder / "scores", f"{part} {name} {args[2]}".replace(" ", "_").replace(".", "-").replace("+", "and")) for _, part, name, args in todo)
+    scores = jobs(joblib.delayed(score)(*args, teacher, folder / "scores", f"{part} {name} {args[2]}".replace(" ", "_").replace(".", "-").replace("+", "and").replace(",", "")) for _, part, name, args in todo)
     result = {}
     for (table, part, name, _), run in zip(todo, scores): result.setdefault(table, {}).setdefault(part, {}).setdefault(name, []).append(run)
     result = {table: {part: {name: summary(runs) for name, runs in rows.items()} for part, rows in parts.items()} for table, parts in result.items()}

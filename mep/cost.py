@@ -426,7 +426,7 @@ def compare(profiles:dict, # Name -> profile, or name -> (profile, w_bits, a_bit
 ) -> Table:
     """MACs, bit operations, weights, activations and energy of several networks, each also in percent of the first
 
-    Bits are as in `Profile.bops`, 32 if not given. ValueError if there is no profile."""
+    Bits are given as for a profile's BOPs, 32 if not given. ValueError if there is no profile."""
     if not profiles: raise ValueError("compare needs at least one profile")
     rows, first = [["network", "MACs", "BOPs", "weights", "activations", "energy"]], None
     for name, entry in profiles.items():

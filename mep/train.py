@@ -36,7 +36,11 @@ def _conv_bn(c_in, c_out, k=1, stride=1, groups=1, act=None):
 
 class BasicBlock(nn.Module):
     "Two 3x3 convolutions and a shortcut (He et al., 2015)."
-    def __init__(self, c_in, c_out, stride=1):
+    def __init__(self,
+        c_in:int, # Channels in
+        c_out:int, # Channels out
+        stride:int=1, # Of the first convolution
+    ):
         super().__init__()
         self.body = nn.Sequential(*_conv_bn(c_in, c_out, 3, stride, act=nn.ReLU), *_conv_bn(c_out, c_out, 3))
         self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(*_conv_bn(c_in, c_out, 1, stride))
@@ -47,7 +51,10 @@ class BasicBlock(nn.Module):
 # %% ../nbs/01_train.ipynb #9d4b5325
 class SqueezeExcite(nn.Module):
     "Each channel scaled by a gate computed from all channels' means (Hu et al., 2017)."
-    def __init__(self, channels, reduction=4):
+    def __init__(self,
+        channels:int, # Channels in and out
+        reduction:int=4, # The gate's hidden layer has `channels / reduction`, at least 8
+    ):
         super().__init__()
         mid = max(8, channels // reduction)
         self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, mid, 1), nn.ReLU(), nn.Conv2d(mid, channels, 1), nn.Hardsigmoid())
@@ -56,7 +63,14 @@ class SqueezeExcite(nn.Module):
 
 class InvertedResidual(nn.Module):
     "Expand 1x1, depthwise k x k, project 1x1, with a shortcut where shapes allow (Sandler et al., 2018)."
-    def __init__(self, c_in, c_out, stride=1, expand=4, kernel=3, se=False):
+    def __init__(self,
+        c_in:int, # Channels in
+        c_out:int, # Channels out
+        stride:int=1, # Of the depthwise convolution
+        expand:int=4, # Channels inside, as a multiple of `c_in`
+        kernel:int=3, # Of the depthwise convolution
+        se:bool=False, # Squeeze-and-excite before the projection?
+    ):
         super().__init__()
         mid, self.add = c_in * expand, c_in == c_out and stride == 1
         self.body = nn.Sequential(
@@ -83,6 +97,7 @@ def _seed_all(*seed):
 
 # %% ../nbs/01_train.ipynb #2a6a309d
 def _network(stem, blocks, head, seed):
+    "Build the three parts, in this order, from one seed."
     with _seeded(seed): return nn.Sequential(OrderedDict((k, nn.Sequential(*f())) for k, f in dict(stem=stem, blocks=blocks, head=head).items()))
 
 def small_resnet(
@@ -126,7 +141,7 @@ def reference(
     name:str, # "small_resnet" or "small_mobilenet"
     n_classes:int, # Number of outputs
     input_shape:tuple=(3, 32, 32), # (C, H, W) of one image
-    **kw,                                # Passed to the network's function
+    **kw, # Passed to the network's function
 ) -> nn.Sequential: # Network with random weights
     "One of our reference networks by name. Raises ValueError for an unknown name or a shape that is not (C, H, W)."
     if name not in REFERENCES: raise ValueError(f"unknown reference network {name!r}: choose one of {', '.join(REFERENCES)}")
@@ -243,16 +258,17 @@ def _tensors(model): return chain(model.parameters(), model.buffers())
 # %% ../nbs/01_train.ipynb #934f55b4
 class Ema:
     "Exponential moving average of a network's weights and buffers: `ema.model` follows the network given to `update`."
-    def __init__(
-        self,
-        model: nn.Module,     # Network to follow; copied
-        decay: float = 0.99,  # Share kept at each step
+    def __init__(self,
+        model:nn.Module, # Network to follow; copied
+        decay:float=0.99, # Share kept at each step
     ):
         if not 0 <= decay < 1: raise ValueError(f"ema={decay} must be in [0, 1): it is the share of the average kept at each step")
         self.model, self.decay, self.n = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
 
     @torch.no_grad()
-    def update(self, model):
+    def update(self,
+        model:nn.Module, # The network after a step
+    ):
         "Move the average towards `model`; the first steps move faster, so that the start is forgotten."
         self.n += 1
         decay = min(self.decay, (1 + self.n) / (10 + self.n))
@@ -299,7 +315,7 @@ def feature_loss(
     return (student.float() - teacher.float()).square().sum() / teacher.float().square().sum().clamp_min(1e-12)
 
 # %% ../nbs/01_train.ipynb #e0d91141
-OPTIMIZERS = dict(sgd=dict(lr=0.2, weight_decay=5e-4), adamw=dict(lr=0.01, weight_decay=0.05))   # defaults, measured below
+OPTIMIZERS = dict(sgd=dict(lr=0.2, weight_decay=5e-4), adamw=dict(lr=0.02, weight_decay=0.05))   # defaults, measured below
 
 def make_optimizer(
     model:nn.Module, # Network
@@ -537,7 +553,7 @@ def fit(
     model:nn.Module, # Network to start from; never changed
     data, # `Data`, a pair (train, valid) of loaders, or one loader
     epochs:int=10, # Passes over the training data
-    lr:float | None=None, # Peak learning rate; None: 0.2 for SGD, 0.01 for AdamW
+    lr:float | None=None, # Peak learning rate; None: 0.2 for SGD, 0.02 for AdamW
     optimizer:str | Callable="sgd", # "sgd", "adamw", or a function from a module to an optimizer
     weight_decay:float | None=None, # None: 5e-4 for SGD, 0.05 for AdamW
     warmup:float=0.5, # Epochs of linear warm-up
@@ -585,7 +601,7 @@ def recalibrate_bn(
     device:str | None=None, # Where to run; None: where the weights are
 ) -> nn.Module: # A copy with new running statistics
     "Batch norm's means and variances estimated anew on `data`, for weights that changed since. Raises ValueError for no data."
-    model, device = copy.deepcopy(model), _home(model, device)[1]
+    home, device, model = _home(model)[1], _home(model, device)[1], copy.deepcopy(model)
     norms = [m for m in model.modules() if _is_norm(m) and m.track_running_stats]
     modes = [(m, m.momentum) for m in norms]
     model.to(device)
@@ -597,4 +613,4 @@ def recalibrate_bn(
             model(x.to(device)); seen += 1
     if not seen: raise ValueError("recalibrate_bn needs at least one batch: the loader is empty")
     for m, momentum in modes: m.momentum = momentum
-    return model
+    return model.to(home)

@@ -192,8 +192,10 @@ def test_the_quantized_network_stays_as_it_is(resnet, path):
 @pytest.mark.parametrize("name", ["stem.0", "blocks.1.body.3", "head.2"])
 def test_a_mismatch_names_the_layer_where_it_starts(resnet, path, name):
     _, qm = export(resnet, path)
+    before = path.read_bytes()
     qm.layers()[name].register_forward_hook(lambda m, i, out: out * 1.1)
     with pytest.raises(MismatchError, match=f"starts at '{name}'"): export_int8(qm, path)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_a_sum_that_differs_is_named(resnet, path):

@@ -14,8 +14,8 @@ from mep.quant.grid import make_grid
 from mep.quant.sim import (
     Clip,
     QuantAdd,
-    QuantLayer,
     Quantizer,
+    QuantLayer,
     QuantModel,
     TraceError,
     fold_bn,

@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import operator
+import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.utils import _pair
 
 from ..deploy import ExportError, file_size, has_vnni, optimized_ops, run
-from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _arguments, _inputs, _module, _Shapes, _what
+from .sim import Clip, QuantAdd, QuantLayer, QuantModel, QuantMul, Quantizer, _arguments, _inputs, _module, _Shapes, _what
 from ..store import write_atomic
 from ..train import sqnr_db
 
@@ -129,7 +130,7 @@ def _clip_alone(w, node, m): return _clip(w, m, w.input(node), node.name, len(no
 # %% ../../nbs/quant/35_export.ipynb #9fdced31
 @_spells(QuantLayer)
 def _layer(w, node, m):
-    name, x, ndim = node.target, w.input(node), len(node.meta["shape"])
+    name, x = node.target, w.input(node)
     weight = _weight(w, name, m) if m.on else w.constant(f"{name}.weight", _np(m.weight))
     bias = [] if m.bias is None else [_bias(w, name, m) if m.on and m.source and m.source.on else w.constant(f"{name}.bias", _np(m.bias))]
     if isinstance(m.op, nn.Linear): y = w.add("Gemm", x, weight, *bias, transB=1, out=f"{name}.y")
@@ -163,8 +164,10 @@ def _window(op):
     before, after = op._reversed_padding_repeated_twice[::2][::-1], op._reversed_padding_repeated_twice[1::2][::-1]
     return dict(kernel_shape=list(op.kernel_size), strides=list(op.stride), dilations=list(op.dilation), group=op.groups, pads=[*before, *after])
 
-@_spells(QuantAdd)
-def _quant_add(w, node, m): return _finish(w, node, m.out, w.add("Add", *(w.value[a] for a in node.args)), node.target.removeprefix("quantizers."))
+@_spells(QuantAdd, QuantMul)
+def _pair_of_two(w, node, m):
+    y = w.add("Add" if isinstance(m, QuantAdd) else "Mul", *(w.value[a] for a in node.args))
+    return _finish(w, node, m.out, y, node.target.removeprefix("quantizers."))
 
 # %% ../../nbs/quant/35_export.ipynb #e5ec0fba
 def _moves(f):
@@ -201,10 +204,6 @@ def _sigmoid(w, node, m): return w.add("Sigmoid", w.input(node))
 def _leaky_relu(w, node, m): return w.add("LeakyRelu", w.input(node), alpha=m.negative_slope)
 @_spells(torch.cat, torch.concat)
 def _concat(w, node, m): return w.add("Concat", *(w.value[n] for n in node.args[0]), axis=_arguments(w.net, node, ("dim",)).get("dim", 0))
-@_spells(operator.mul, operator.imul, torch.mul, "mul", "mul_")
-def _mul(w, node, m): return _in_torchs_words(w, node, m) if node.meta["why"] else w.add("Mul", *(w.value[a] for a in node.args))
-@_spells(operator.add, operator.iadd, torch.add, "add", "add_")
-def _add(w, node, m): return _in_torchs_words(w, node, m) if node.meta["why"] else w.add("Add", *(w.value[a] for a in node.args))
 
 @_spells(nn.AvgPool2d)
 def _avg_pool(w, node, m):
@@ -292,7 +291,7 @@ def export_int8(
     int4:bool=True, # Store weights of at most 4 bits two in a byte
     meta:dict|None=None, # JSON-able facts to store in the file, as in `export_onnx`
 )->Check:
-    """Write an ONNX file with integer weights, run it in onnxruntime, and compare it with the simulation.
+    """Write an ONNX file with integer weights, run it in onnxruntime, and compare it with the simulation. A file that fails is removed.
 
     Input `x` float32 [batch, C, H, W], output `logits`. Raises `MismatchError`, which names the layer where a difference starts,
     `ExportError` for more than 8 bits or an operator that ONNX lacks, ValueError without images, OSError for a path that can't be written."""
@@ -301,8 +300,13 @@ def export_int8(
     x, qm = x.detach().cpu(), copy.deepcopy(qmodel).cpu().eval()
     _warn_without_vnni(qm)
     proto, places = _proto(qm, torch.cat([x, x])[:2], int4, meta or {})
-    write_atomic(path, proto.SerializeToString())
-    return _compare(qm, path, proto, places, x, min_sqnr_db)
+    path = _writable(path)
+    draft = path.with_name(f".{path.name}.unchecked")
+    write_atomic(draft, proto.SerializeToString())
+    try: check = _compare(qm, draft, proto, places, x, min_sqnr_db)
+    except BaseException: draft.unlink(); raise
+    os.replace(draft, path)
+    return check
 
 # %% ../../nbs/quant/35_export.ipynb #ff498b7d
 def _proto(qm, x, int4, meta):
@@ -311,6 +315,12 @@ def _proto(qm, x, int4, meta):
     tensor = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape[1:]])
     outputs = [tensor(n, s) for n, s in w.write().items()]
     return _model(w, [tensor("x", x.shape)], outputs, meta), w.places
+
+def _writable(path):
+    path = Path(path)
+    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: give the file a name, such as {path / 'int8.onnx'}")
+    if not path.parent.is_dir(): raise FileNotFoundError(f"{path.parent} is not a folder: create it first, or write elsewhere")
+    return path
 
 _INTEGER = "QLinearConv QGemm QLinearMatMul ConvInteger MatMulInteger MatMulIntegerToFloat".split()
 _FLOAT = "Conv FusedConv NhwcFusedConv Gemm FusedGemm MatMul FusedMatMul".split()
