@@ -459,6 +459,7 @@ def _append(net, node, quantizer):
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 class Placed(NamedTuple):
+    "What became of one operator of the network: a row of the `Report`."
     name:str # The layer, or the operator's name in the graph
     kind:str # What it does
     how:str # "integer", "passes integers on", or "float: " and the reason
