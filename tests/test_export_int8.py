@@ -217,6 +217,11 @@ def test_it_asks_for_images_if_it_has_none(resnet, path):
     assert isinstance(export_int8(qm, path, pictures(1)), Check)
 
 
+def test_a_new_folder_is_made(resnet, tmp_path):
+    export(resnet, tmp_path / "runs" / "new.onnx")
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["new.onnx"]
+
+
 def test_a_path_that_cannot_be_written(resnet, tmp_path):
     qm = quantize(resnet, pictures(), progress=False)
     (tmp_path / "file").write_text("")

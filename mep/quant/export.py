@@ -319,7 +319,7 @@ def _proto(qm, x, int4, meta):
 def _writable(path):
     path = Path(path)
     if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: give the file a name, such as {path / 'int8.onnx'}")
-    if not path.parent.is_dir(): raise FileNotFoundError(f"{path.parent} is not a folder: create it first, or write elsewhere")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 _INTEGER = "QLinearConv QGemm QLinearMatMul ConvInteger MatMulInteger MatMulIntegerToFloat".split()
