@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "train", "cost", "deploy", "store", "plot", "nas", "compress", "quant", "conditional", "pipeline")
+_MODULES = ("data", "train", "cost", "deploy", "store", "plot", "graph", "moments", "nas", "compress", "quant", "conditional", "pipeline")
 
 
 def __getattr__(name):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mep.quant.adaround import Moments, Quadratic, adaround, descend, feedback, patches, refit_scale, solve, stay_near, tabu, try_all
+from mep.moments import Moments, Quadratic
+from mep.quant.adaround import adaround, descend, feedback, refit_scale, solve, stay_near, tabu, try_all
 from mep.quant.grid import fit_grid, make_grid
 from mep.quant.sim import load_quantized, quantize, save_quantized
 from mep.store import DamagedError, LockedError, Store
@@ -68,20 +69,6 @@ def test_searches_only_improve_and_try_all_is_exact(g, r, d, seed):
 
 
 @FAST
-@given(st.integers(0, 99), st.integers(1, 4))
-def test_quadratic_is_the_mean_squared_error(seed, batches):
-    random = torch.Generator().manual_seed(seed)
-    x, y, w = (torch.randn(*s, generator=random) + 3 for s in ((2, 5, 40), (2, 3, 40), (2, 3, 5)))
-    moments = Moments()
-    for a, b in zip(x.chunk(batches, -1), y.chunk(batches, -1)): moments.add(a, b)
-    e = w @ x - y
-    assert torch.allclose(moments.quadratic(False).error(w), e.square().mean(-1), rtol=1e-3)
-    f = moments.quadratic()
-    assert torch.allclose(f.error(w), e.var(-1, unbiased=False), rtol=1e-3, atol=1e-3)
-    assert torch.allclose(f.bias(w), -e.mean(-1).flatten(), atol=1e-4)
-
-
-@FAST
 @given(st.integers(0, 99))
 def test_a_new_scale_never_hurts(seed):
     w, grid, f = problem(1, 4, 8, 3, seed)
@@ -101,18 +88,6 @@ def test_feedback_of_uncorrelated_inputs_is_nearest():
 def test_try_all_refuses_long_rows():
     w, grid, f = problem(1, 1, 10, 4, 0)
     with pytest.raises(ValueError, match="tabu"): try_all(nearest(w, grid), scales(grid, w), f, grid)
-
-
-@pytest.mark.parametrize("op", [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), groups=2), nn.Conv2d(4, 8, 3, groups=4, dilation=2),
-                                nn.Conv2d(4, 6, 4, padding="same"), nn.Conv1d(4, 6, 3, stride=2, padding=1), nn.Conv3d(4, 6, 2), nn.Linear(4, 6)])
-def test_patches_give_the_layers_output(op):
-    x = torch.randn(3, 4, *[9] * (0 if isinstance(op, nn.Linear) else op.weight.ndim - 2))
-    y = op(x).detach()
-    groups = getattr(op, "groups", 1)
-    at = torch.randint(y[0, 0].numel(), (3, 5))
-    assert torch.allclose(ar._rows(op.weight, op) @ patches(op, x, at)[..., :] + op.bias.view(groups, -1, 1) if not isinstance(op, nn.Linear)
-                          else ar._rows(op.weight, op) @ patches(op, x, at[:, :1]) + op.bias.view(1, -1, 1),
-                          ar._at(y, at if not isinstance(op, nn.Linear) else at[:, :1], groups), atol=1e-5)
 
 
 class Residual(nn.Module):

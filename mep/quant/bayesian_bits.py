@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cost import Profile, Table, profile
+from ..graph import note_shapes
+from ..moments import image_batches
 from .grid import Grid, fake_quant, make_grid, mse_range
-from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _batches, _calibrate, _check, _device, _module, _same, _Shapes, _structure, _what
+from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _calibrate, _check, _device, _module, _same, _structure, _what
 from ..train import fit
 
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #7b2771c0
@@ -343,7 +345,7 @@ def _first(data, n=512):
     for batch in train:
         images.append(batch[0])
         if sum(map(len, images)) >= n: break
-    return _batches(images)
+    return image_batches(images)
 
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #3f439a1f
 def train_quantized(
@@ -395,7 +397,7 @@ _FLAT = (nn.Flatten, torch.flatten, "flatten", torch.reshape, "reshape")
 def _groups(qm):
     "For each node of the graph the channels that it carries"
     net, at = qm.net, {}
-    with torch.no_grad(): _Shapes(net).run(torch.zeros(1, *qm.settings["input_shape"], device=_device(qm)))
+    with torch.no_grad(): note_shapes(net, torch.zeros(1, *qm.settings["input_shape"], device=_device(qm)))
     for node in net.graph.nodes: at[node] = _group(net, node, at)
     return at
 

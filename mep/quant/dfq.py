@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from ..moments import image_batches
 from .grid import dequantize
-from .sim import (_ADD, _NORMAL, _NOTHING, Clip, OnGrid, QuantAdd, QuantLayer, QuantModel, Quantizer, _arguments, _batches, _bypass, _call, _finish,
-                           _mean, _module, _swap, _what, fold_bn, quantize, trace)
+from .sim import (_ADD, _NORMAL, _NOTHING, Clip, OnGrid, QuantAdd, QuantLayer, QuantModel, Quantizer, _arguments, _bypass, _call, _finish,
+                           _mean, _module, _swap, _trace, _what, fold_bn, quantize)
 from ..train import evaluating, sqnr_db
 
 # %% ../../nbs/quant/32_dfq.ipynb #616f1e22
@@ -31,7 +32,7 @@ def prepare(
 
     They are the buffers `out_mean` and `out_std` [C_out]. Raises ValueError for a quantized network or weights with NaN, `TraceError` if it can't be traced."""
     _check(model)
-    net, raw = fold_bn(model), trace(model)
+    net, raw = fold_bn(model), _trace(model)
     for node in raw.graph.nodes:
         bn = _module(raw, node, _BN)
         if bn is None or bn.running_mean is None: continue
@@ -371,7 +372,7 @@ def correct_bias(
         known = {} if method == "empirical" else _Means(qm, input_mean).shift
         if calib is None or method == "analytic":
             for node, shift in known.items(): _subtract(_module(qm.net, node).op, shift)
-        else: _measure(qm, torch.cat(_batches(calib)), known)
+        else: _measure(qm, torch.cat(image_batches(calib)), known)
     return qm
 
 # %% ../../nbs/quant/32_dfq.ipynb #b01d840e
@@ -488,7 +489,7 @@ def dfq(
     Raises ValueError without calib and input_shape, or without calib and batch norms, and as `quantize` does."""
     if relu6 not in ("carry", "relu"): raise ValueError(f"relu6={relu6!r}: choose carry or relu")
     if calib is None and input_shape is None: raise ValueError("without calib, give input_shape: one image's sizes, such as (3, 224, 224)")
-    x = bn_images(model, input_shape, seed=seed, progress=progress) if calib is None else torch.cat(_batches(calib))
+    x = bn_images(model, input_shape, seed=seed, progress=progress) if calib is None else torch.cat(image_batches(calib))
     method = method or ("auto" if calib is None else "empirical")
     first = (lambda net: equalize(net, activations)) if relu6 == "carry" else (lambda net: equalize(relu6_to_relu(net), activations))
     trial = _Trial(model, x.to(_device(model)), method or ("auto" if calib is None else "empirical"), dict(kw, progress=progress))

@@ -25,7 +25,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.utils import _pair
 
 from ..deploy import ExportError, file_size, has_vnni, optimized_ops, run
-from .sim import Clip, QuantAdd, QuantLayer, QuantModel, QuantMul, Quantizer, _arguments, _inputs, _module, _Shapes, _what
+from ..graph import note_shapes
+from .sim import Clip, QuantAdd, QuantLayer, QuantModel, QuantMul, Quantizer, _arguments, _inputs, _module, _what
 from ..store import write_atomic
 from ..train import sqnr_db
 
@@ -310,7 +311,7 @@ def export_int8(
 
 # %% ../../nbs/quant/35_export.ipynb #ff498b7d
 def _proto(qm, x, int4, meta):
-    with torch.no_grad(): _Shapes(qm.net).run(x)
+    with torch.no_grad(): note_shapes(qm.net, x)
     w = _Writer(qm.net, int4)
     tensor = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape[1:]])
     outputs = [tensor(n, s) for n, s in w.write().items()]
