@@ -42,6 +42,9 @@ class Clip(nn.Module):
 
     def forward(self, x): return x.clamp(_per_channel(self.lo, x), _per_channel(self.hi, x))
     def extra_repr(self): return f"{_span(self.lo)}, {_span(self.hi)}"
+    def _load_from_state_dict(self, state, prefix, *args):
+        for name in ("lo", "hi"): setattr(self, name, state.get(prefix + name, getattr(self, name)).clone()) # of a file's shape: [] or [C]
+        super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../../nbs/quant/31_sim.ipynb #5392b39b
 def _per_channel(t, x): return t.view(-1, *[1] * (x.ndim - 2)) if t.ndim else t # [] or [C] against [N, C, ...]
@@ -610,6 +613,8 @@ def load_quantized(
     settings, shape = dict(meta["settings"]), meta["settings"]["input_shape"]
     try:
         qm = _structure(model, torch.zeros(2, *shape).to(_device(model)), settings)
+        for name, layer in qm.layers().items():
+            if layer.bias is None and f"net.{name}.op.bias" in state: layer.op.bias = nn.Parameter(torch.zeros(len(layer.weight))) # bias correction made one
         qm.load_state_dict(state)
     except (ValueError, RuntimeError) as e: raise ValueError(f"{Path(path).name} belongs to another network than this {type(model).__name__}: {str(e).splitlines()[-1].strip()}") from e
     return qm.to(_device(model))
