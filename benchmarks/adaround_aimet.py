@@ -46,39 +46,9 @@ DEFAULT_ITERATIONS = 15_000  # AIMET's below 8 bits
 
 
 def resnet20(weights):
-    "The CIFAR ResNet-20 of He et al. with option A shortcuts, trained"
-    import torch.nn.functional as F
+    "The CIFAR ResNet-20, trained"
+    from networks import ResNet20
     from safetensors.torch import load_file
-    from torch import nn
-
-    class Shortcut(nn.Module):
-        "Every second pixel, and channels of zeros on both sides"
-        def __init__(self, extra): super().__init__(); self.extra = extra
-        def forward(self, x): return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
-
-    class Add(nn.Module):
-        def forward(self, a, b): return a + b
-
-    class Block(nn.Module):
-        def __init__(self, c_in, c_out, stride):
-            super().__init__()
-            self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
-            self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
-            self.relu1, self.relu2, self.add = nn.ReLU(), nn.ReLU(), Add()
-            self.shortcut = Shortcut((c_out - c_in) // 2) if stride > 1 else nn.Identity()
-        def forward(self, x): return self.relu2(self.add(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))), self.shortcut(x)))
-
-    class ResNet20(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1, self.bn1, self.relu = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-            stage = lambda i, o, s: nn.Sequential(Block(i, o, s), Block(o, o, 1), Block(o, o, 1))
-            self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
-            self.pool, self.flatten, self.linear = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
-        def forward(self, x):
-            x = self.relu(self.bn1(self.conv1(x)))
-            return self.linear(self.flatten(self.pool(self.layer3(self.layer2(self.layer1(x))))))
-
     net = ResNet20()
     net.load_state_dict(load_file(weights))
     return net.eval()

@@ -20,34 +20,10 @@ from pathlib import Path
 
 import torch
 from adaround_aimet import AIMET, aimet_python, cifar10, resnet20, run
+from networks import MobileNetV1
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-
-class MobileNetV1(nn.Module):
-    "MobileNetV1 (Howard et al., 2017) of TF-slim; its images are flipped (see `imagenet`), because its kernels are"
-    strides = 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1
-
-    def __init__(self, width=0.25, classes=1000):
-        super().__init__()
-        outs = [int(c * width) for c in (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)]
-        c, layers = int(32 * width), {"stem": self.block(3, int(32 * width), 3, 2)}
-        for i, (out, stride) in enumerate(zip(outs, self.strides), 1):
-            layers |= {f"dw{i}": self.block(c, c, 3, stride, c), f"pw{i}": self.block(c, out, 1)}
-            c = out
-        self.features, self.pool, self.flatten, self.classifier = nn.Sequential(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes)
-        for name, layer in layers.items():
-            self.features.add_module(name, layer)
-
-    @staticmethod
-    def block(c_in, c_out, kernel, stride=1, groups=1):
-        block = nn.Sequential()
-        block.add_module("conv", nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False))
-        block.add_module("bn", nn.BatchNorm2d(c_out, eps=1e-3))
-        block.add_module("relu6", nn.ReLU6())
-        return block
-
-    def forward(self, x): return self.classifier(self.flatten(self.pool(self.features(x))))
 
 
 def mobilenet_v1(root):
@@ -106,28 +82,28 @@ def score(got, want, y):
 
 def methods(net, shape):
     "name -> function from calibration images and seed to a quantized network"
-    from mep.quant import dfq as d
+    from mep.quant.dfq import absorb_bias, correct_bias, dfq, equalize, prepare, relu6_to_relu
     from mep.quant.sim import quantize
 
     def q(change, fix=lambda q, c: q, **kw): return lambda calib, seed: fix(quantize(change(net), calib, progress=False, **kw), calib)
-    def analytic(qm, calib): return d.correct_bias(qm, method="analytic")
-    def empirical(qm, calib): return d.correct_bias(qm, calib, "empirical")
-    def paper(net): return d.equalize(net, activations=False)
-    def absorbed(net): return d.absorb_bias(d.equalize(net))
+    def analytic(qm, calib): return correct_bias(qm, method="analytic")
+    def empirical(qm, calib): return correct_bias(qm, calib, "empirical")
+    def paper(net): return equalize(net, activations=False)
+    def absorbed(net): return absorb_bias(equalize(net))
 
     found = {
-        "W8A8 nearest": q(d.prepare), "W8A8 nearest, per channel": q(d.prepare, per_channel=True),
+        "W8A8 nearest": q(prepare), "W8A8 nearest, per channel": q(prepare, per_channel=True),
         "W8A8 equalized, weights alone": q(paper), "W8A8 equalized, weights alone, biases (analytic)": q(paper, analytic),
-        "W8A8 ReLU6 -> ReLU, equalized": q(lambda net: d.equalize(d.relu6_to_relu(net))),
-        "W8A8 equalized": q(d.equalize), "W8A8 equalized, absorbed": q(absorbed),
-        "W8A8 equalized, biases (analytic)": q(d.equalize, analytic), "W8A8 equalized, biases (empirical)": q(d.equalize, empirical),
-        "W8A8 dfq, no data": lambda calib, seed: d.dfq(net, input_shape=shape, seed=seed, progress=False),
-        "W8A8 dfq, 64 images": lambda calib, seed: d.dfq(net, calib, progress=False),
+        "W8A8 ReLU6 -> ReLU, equalized": q(lambda net: equalize(relu6_to_relu(net))),
+        "W8A8 equalized": q(equalize), "W8A8 equalized, absorbed": q(absorbed),
+        "W8A8 equalized, biases (analytic)": q(equalize, analytic), "W8A8 equalized, biases (empirical)": q(equalize, empirical),
+        "W8A8 dfq, no data": lambda calib, seed: dfq(net, input_shape=shape, seed=seed, progress=False),
+        "W8A8 dfq, 64 images": lambda calib, seed: dfq(net, calib, progress=False),
     }
     for bits in (6, 4):
-        found |= {f"W{bits}A8 nearest": q(d.prepare, w_bits=bits), f"W{bits}A8 nearest, biases (empirical)": q(d.prepare, empirical, w_bits=bits),
-                  f"W{bits}A8 equalized": q(d.equalize, w_bits=bits), f"W{bits}A8 equalized, biases (analytic)": q(d.equalize, analytic, w_bits=bits),
-                  f"W{bits}A8 equalized, biases (empirical)": q(d.equalize, empirical, w_bits=bits)}
+        found |= {f"W{bits}A8 nearest": q(prepare, w_bits=bits), f"W{bits}A8 nearest, biases (empirical)": q(prepare, empirical, w_bits=bits),
+                  f"W{bits}A8 equalized": q(equalize, w_bits=bits), f"W{bits}A8 equalized, biases (analytic)": q(equalize, analytic, w_bits=bits),
+                  f"W{bits}A8 equalized, biases (empirical)": q(equalize, empirical, w_bits=bits)}
     return found
 
 
