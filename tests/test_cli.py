@@ -6,13 +6,19 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from mep.data import load
+from mep.deploy import optimized_ops, run
 from mep.pipeline.cli import COMMANDS, EXAMPLES, main, parser
 from mep.pipeline.core import Config
 from mep.store import Store
+from mep.train import fit, small_resnet
 
 TINY = "--data digits --epochs 1 --n-train 256 --n-test 100 --n-calib 32 --n-latency 5".split()
 
@@ -50,6 +56,17 @@ def test_examples_parse():
         assert callable(a.fn)
 
 
+@cache
+def trained():
+    "A small network, briefly trained."
+    return fit(small_resnet(10, in_channels=1), load("digits", n_train=512, n_test=100), epochs=1, progress=False).model
+
+
+def digits_net(folder):
+    torch.save(trained().state_dict(), folder / "digits.pth")
+    return trained()
+
+
 BAD = [
     ("run --data shaeps", "shaeps"),
     ("run --data folder:/nowhere/at/all", "/nowhere/at/all"),
@@ -65,6 +82,23 @@ BAD = [
     ("run --model nets.py:make", "no file nets.py"),
     ("run --weights missing.pth", "missing.pth"),
     ("run --config missing.json", "missing.json"),
+    ("run --method round", "unknown method 'round': choose nearest, dfq, adaround"),
+    ("run --n-calib 0 --method adaround", "only method=dfq does without"),
+    ("quantize -o {tmp}/q.onnx --model torchvision:resnet18 --input 3,64,64", "would have random weights"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth", "which images does the network take?"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/missing.pth --data digits", "missing.pth"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data digits --bits 33", "w_bits=33"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data digits --method round", "unknown method 'round'"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data digits --method nearest,dfq", "one file has one method"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --input 1,8,8 --method adaround", "adaround needs images"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --input 3,8,8", "don't fit the network"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --model small_mobilenet --data digits", "don't fit the network"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data folder:/nowhere/at/all", "/nowhere/at/all"),
+    ("quantize -o {tmp} --weights {tmp}/digits.pth --data digits", "is a folder: give the file a name"),
+    ("run --compress 50", "compress=50.0: give the share of the MACs to keep"),
+    ("compress -o {tmp}/c.onnx --weights {tmp}/digits.pth --data digits --macs 1.5", "macs=1.5"),
+    ("compress -o {tmp}/c.onnx --weights {tmp}/digits.pth", "which images does the network take?"),
+    ("quantize -o {tmp}/q.onnx --weights {tmp}/cut.safetensors --data digits", "cut.safetensors can't be read as weights"),
     ("profile torchvision:resnet81", "did you mean"),
     ("profile torchvision:resnet18 --weights missing.pth", "missing.pth"),
     ("latency missing.onnx", "missing.onnx"),
@@ -75,6 +109,8 @@ BAD = [
 @pytest.mark.parametrize("line, says", BAD)
 def test_an_error_is_one_line(line, says, tmp_path, capsys):
     words = line.format(tmp=tmp_path).split()
+    if "digits.pth" in line: digits_net(tmp_path)
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 50)
     if words[0] == "run":
         words += ["--out", str(tmp_path / "run"), "--quiet"]
         if "--data" not in words: words += ["--data", "digits"]
@@ -83,7 +119,7 @@ def test_an_error_is_one_line(line, says, tmp_path, capsys):
     assert err.startswith(f"mep {words[0]}: ") and err.count("\n") == 1 and says in err
 
 
-@pytest.mark.parametrize("line", ["run --w-bits four", "run --mean a,b", "run --unknown 1", "walk", "latency"])
+@pytest.mark.parametrize("line", ["run --w-bits four", "run --mean a,b", "run --unknown 1", "walk", "latency", "quantize --data digits"])
 def test_argparse_names_bad_words(line, capsys):
     with pytest.raises(SystemExit) as e: main(line.split())
     assert e.value.code == 2 and "usage: mep" in capsys.readouterr().err
@@ -139,6 +175,75 @@ def test_a_network_of_the_users(tmp_path, capsys):
     torch.save({"1.weight": torch.ones(5, 12), "1.bias": torch.full((5,), torch.nan)}, tmp_path / "nan.pth")
     assert main(["profile", f"{tmp_path}/nets.py:make", "--weights", str(tmp_path / "nan.pth"), "--input", "3,2,2"]) == 2
     assert "1.bias holds NaN" in capsys.readouterr().err
+
+
+def test_quantize_makes_one_file(tmp_path, capsys):
+    net = digits_net(tmp_path)
+    words = f"quantize --weights {tmp_path}/digits.pth --data digits --n-test 100 --n-latency 3 -o {tmp_path}/q.onnx --quiet".split()
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "FP32" in out and "INT8" in out and "accuracy" in out and "every bit agrees" in out and "latency" in out
+    assert main([*words, "--bits", "4", "--json"]) == 0
+    nets = json.loads(capsys.readouterr().out)["nets"]
+    assert list(nets) == ["FP32", "W4A8 adaround"] and nets["W4A8 adaround"]["bytes"] == os.path.getsize(tmp_path / "q.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.pth", "q.onnx"]
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.as_tensor(run(tmp_path / "q.onnx", x)).shape == net(x).shape
+
+
+def test_quantize_without_any_data(tmp_path, capsys):
+    digits_net(tmp_path)
+    assert main(f"quantize --weights {tmp_path}/digits.pth --input 1,8,8 --n-latency 3 -o {tmp_path}/new/q.onnx --quiet --json".split()) == 0
+    nets = json.loads(capsys.readouterr().out)["nets"]
+    assert list(nets) == ["FP32", "INT8 dfq"] and "accuracy" not in nets["INT8 dfq"] and nets["INT8 dfq"]["float_layers"] == 0
+    assert optimized_ops(tmp_path / "new" / "q.onnx")["QLinearConv"] > 0
+
+
+def test_quantize_with_pictures_that_nobody_labelled(tmp_path, capsys):
+    (tmp_path / "pictures" / "all").mkdir(parents=True)
+    for i in range(20): Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "pictures" / "all" / f"{i}.png")
+    (tmp_path / "nets.py").write_text("from mep.train import small_resnet\ndef make(): return small_resnet(10)\n")
+    words = f"quantize --model {tmp_path}/nets.py:make --data folder:{tmp_path}/pictures --size 16 --n-latency 3 -o {tmp_path}/q.onnx --quiet".split()
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "agrees with FP32" in out and "accuracy" not in out
+
+
+def test_compress_then_quantize(tmp_path, capsys):
+    digits_net(tmp_path)
+    words = "--data digits --n-train 256 --n-test 100 --n-latency 3 --quiet --json".split()
+    assert main(["compress", "--weights", f"{tmp_path}/digits.pth", "--macs", "0.6", "-o", f"{tmp_path}/half.onnx", "--weights-out", f"{tmp_path}/half.safetensors", *words]) == 0
+    nets = json.loads(capsys.readouterr().out)["nets"]
+    assert nets["compressed"]["macs"] <= 0.6 * nets["FP32"]["macs"] and nets["compressed"]["bytes"] == os.path.getsize(tmp_path / "half.onnx")
+    assert main(["quantize", "--weights", f"{tmp_path}/half.safetensors", "-o", f"{tmp_path}/q.onnx", *words]) == 0
+    quantized = json.loads(capsys.readouterr().out)["nets"]
+    assert quantized["INT8"]["macs"] == nets["compressed"]["macs"] and quantized["FP32"]["accuracy"] == pytest.approx(nets["compressed"]["accuracy"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.pth", "half.onnx", "half.safetensors", "q.onnx"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_quantize_goes_on_after_ctrl_c(tmp_path):
+    digits_net(tmp_path)
+    words = f"quantize --weights {tmp_path}/digits.pth --data digits --bits 4 --n-latency 3 -o {tmp_path}/q.onnx --quiet --json".split()
+    code = """
+import os, signal, sys
+from mep.store import Store
+put, n = Store.put, 0
+def stop(store, *args):
+    global n
+    put(store, *args); n += 1
+    if n == 3: os.kill(os.getpid(), signal.SIGINT)
+Store.put = stop
+from mep.pipeline.cli import main
+sys.exit(main(sys.argv[1:]))"""
+    died = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
+    assert died.returncode == 130 and "go on with: mep quantize" in died.stderr and not (tmp_path / "q.onnx").exists()
+    assert len(list((tmp_path / "q.onnx.unfinished").rglob("*.safetensors"))) == 3
+    status, out, err = mep(*words)
+    assert status == 0, err
+    resumed = (tmp_path / "q.onnx").read_bytes()
+    assert not (tmp_path / "q.onnx.unfinished").exists()
+    assert mep(*words)[0] == 0 and (tmp_path / "q.onnx").read_bytes() == resumed
 
 
 def test_a_run_then_its_report(tmp_path):

@@ -20,16 +20,37 @@ import mep.pipeline
 from mep.data import load
 from mep.deploy import as_model
 from mep.pipeline.cli import parser
-from mep.pipeline.core import STAGES, Config, _relabel, build_network, check_config, choose_stages, command, config_from, fill, find_classes, load_weights, run
+from mep.pipeline.core import (
+    METHODS,
+    STAGES,
+    Config,
+    build_network,
+    check_config,
+    choose_methods,
+    choose_stages,
+    command,
+    config_from,
+    fill,
+    find_classes,
+    load_weights,
+    measure_files,
+    quantize_by,
+    relabel,
+    restore_network,
+    run,
+)
 from mep.pipeline.report import read
+from mep.quant.dfq import prepare, unbalance
+from mep.quant.sim import load_quantized, save_quantized
 from mep.store import DamagedError, LockedError, Store
-from mep.train import accuracy
+from mep.train import accuracy, recalibrate_bn
 
-NAMES = [s.__name__ for s in STAGES]
+NAMES = [s.__name__ for s in STAGES if s.__name__ not in ("compress", "early_exit")]  # which do nothing unless asked to
 TINY = Config(data="digits", epochs=1, n_train=256, n_test=100, n_calib=32, n_latency=5)
 
 
-def reused(report): return [s["stage"] for s in report.stages if s["reused"]]
+def stages(report): return [s["stage"].split()[0] for s in report.stages]
+def reused(report): return [s["stage"].split()[0] for s in report.stages if s["reused"]]
 
 
 def facts(report):
@@ -50,7 +71,7 @@ def test_names_at_the_top():
 
 def test_what_a_run_leaves(finished):
     config, report = finished
-    assert list(report.nets) == ["FP32", "INT8"] and [s["stage"] for s in report.stages] == NAMES
+    assert list(report.nets) == ["FP32", "INT8"] and stages(report) == NAMES
     folder = os.listdir(config.out)
     assert {"config.json", "results.json", "report.html", "fp32.onnx", "int8.onnx", "store"} <= set(folder)
     assert not list((Path(config.out) / "training").glob("*"))
@@ -95,7 +116,7 @@ def test_redo(finished):
 def test_until(tmp_path):
     config = replace(TINY, out=str(tmp_path), until="reference")
     report = run(config, progress=False)
-    assert [s["stage"] for s in report.stages] == NAMES[:2] and list(report.nets) == ["FP32"]
+    assert stages(report) == NAMES[:2] and list(report.nets) == ["FP32"]
     assert reused(run(replace(config, until=None), progress=False)) == ["reference"]
 
 
@@ -167,10 +188,165 @@ def test_two_runs_in_one_folder(tmp_path):
         run(replace(TINY, out=str(tmp_path)), progress=False)
 
 
+# ---- methods
+
+
+def test_methods_side_by_side(tmp_path):
+    config = replace(TINY, w_bits=4, method="nearest,dfq,adaround", out=str(tmp_path))
+    report = run(config, progress=False)
+    assert list(report.nets) == ["FP32", "W4A8", "W4A8 dfq", "W4A8 adaround"]
+    assert [s["stage"] for s in report.stages][2:5] == ["quantize nearest", "quantize dfq", "quantize adaround"]
+    assert {"w4a8.onnx", "w4a8-dfq.onnx", "w4a8-adaround.onnx"} <= set(os.listdir(tmp_path))
+    nets = report.nets
+    assert nets["W4A8 adaround"]["sqnr_db"] > nets["W4A8"]["sqnr_db"]
+    assert [nets[n]["method"] for n in list(nets)[1:]] == ["nearest, a range per channel", "dfq, a range per layer", "adaround, a range per channel"]
+    assert {r["net"] for r in report.layers} == set(list(nets)[1:])
+    assert any("after each step" in n for n in report.notes)
+    assert not list((tmp_path / "quantized").glob("*/"))  # what adaround kept for a resumption
+
+
+def test_one_method_more_computes_that_method(tmp_path):
+    config = replace(TINY, w_bits=4, out=str(tmp_path))
+    alone = run(replace(config, method="nearest"), progress=False)
+    both = run(replace(config, method="nearest,adaround"), progress=False)
+    assert [s["stage"] for s in both.stages if s["reused"]] == ["reference", "quantize nearest"]
+    assert facts(both)["W4A8"] == facts(alone)["W4A8"]
+    assert reused(run(replace(config, method=None), progress=False)) == ["reference", "quantize"]  # adaround is what 4 bits mean
+
+
+@pytest.mark.parametrize("model", ["small_resnet", "small_mobilenet"])  # ReLU, and ReLU6 whose caps become one per channel
+def test_every_method_is_found_again_as_it_was(model, tmp_path):
+    config = replace(TINY, model=model, method=",".join(METHODS), out=str(tmp_path), until="quantize")
+    run(config, progress=False)
+    report = run(replace(config, until=None), progress=False)
+    assert reused(report) == ["reference", "quantize", "quantize", "quantize"]
+    for row in list(report.nets.values())[1:]: assert row["parity_db"] is None or row["parity_db"] > 40
+    for row in list(report.nets.values())[1:]: assert row["accuracy"] == pytest.approx(row["simulated"], abs=0.01)
+
+
+def test_caps_per_channel_and_new_biases_are_found_again(tmp_path):
+    "Equalization gives ReLU6 a cap per channel; bias correction gives a bias to a layer that had none."
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU6(), nn.Conv2d(8, 10, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(16, 3, 16, 16)
+    for net in (unbalance(recalibrate_bn(build_network("small_mobilenet", 10), x)), plain):
+        q = quantize_by("dfq", net, x, progress=False)
+        save_quantized(q, tmp_path / "q.safetensors")
+        again = load_quantized(tmp_path / "q.safetensors", prepare(net))
+        with torch.no_grad(): assert torch.equal(again(x), q(x))
+
+
+def test_without_images(tmp_path):
+    config = replace(TINY, model="small_mobilenet", method="dfq", n_calib=0, out=str(tmp_path))
+    assert run(config, progress=False).nets["INT8 dfq"]["sqnr_db"] > 10
+    for method in (None, "nearest", "dfq,adaround"):
+        with pytest.raises(ValueError, match="n_calib=0: (nearest|adaround) needs images"): check_config(replace(config, method=method))
+    net = build_network("small_resnet", 10)
+    with pytest.raises(ValueError, match="adaround needs images"): quantize_by("adaround", net)
+
+
+@pytest.mark.parametrize("method, says", [("round", "unknown method 'round': choose nearest, dfq, adaround"), ("nearest,", "unknown method ''"), ("dfq,dfq", "names dfq 2 times")])
+def test_methods_that_are_not_known(method, says):
+    with pytest.raises(ValueError, match=says): choose_methods(method)
+    with pytest.raises(ValueError, match=says): check_config(Config(method=method))
+
+
+ROUNDING = """
+import os, signal
+from mep.pipeline import core
+from mep.store import Store
+put, n = Store.put, 0
+def kill(store, key, *args):
+    global n
+    put(store, key, *args)
+    n += "quantized" in str(store.root)
+    if n == 3: os.kill(os.getpid(), signal.SIGKILL)
+Store.put = kill
+core.run({config!r}, progress=False)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_killed_in_adaround_and_resumed(tmp_path):
+    config = replace(TINY, w_bits=4, out=str(tmp_path / "killed"))
+    died = subprocess.run([sys.executable, "-c", ROUNDING.format(config=asdict(config))], capture_output=True, text=True, timeout=300)
+    assert died.returncode == -9, died.stderr
+    assert len(list(tmp_path.glob("killed/quantized/*/**/*.safetensors"))) == 3
+    assert facts(run(config, progress=False)) == facts(run(replace(config, out=str(tmp_path / "whole")), progress=False))
+
+
+def test_files_without_labels_are_compared_with_the_first(finished):
+    config, _ = finished
+    files = {n: f"{config.out}/{n}.onnx" for n in ("fp32", "int8")}
+    test = load(config.data, n_test=50).test
+    rows = measure_files(files, test, (1, 8, 8), n=3, labelled=False)
+    assert "accuracy" not in rows["int8"] and rows["int8"]["agreement"] > 0.8 and "agreement" not in rows["fp32"]
+    assert set(measure_files(files, None, (1, 8, 8), n=3)["int8"]) >= {"ms", "speedup"}
+
+
+# ---- compression
+
+
+HALF = replace(TINY, compress=0.5, finetune=1)
+
+
+def test_compressed_then_quantized(tmp_path):
+    config = replace(HALF, out=str(tmp_path))
+    report = run(config, progress=False)
+    assert list(report.nets) == ["FP32", "compressed", "INT8"] and "compress" in stages(report)
+    nets = report.nets
+    assert nets["compressed"]["macs"] <= 0.5 * nets["FP32"]["macs"] and nets["INT8"]["macs"] == nets["compressed"]["macs"]
+    assert any(n.startswith("compressed: ") for n in report.notes)
+    for name, row in nets.items(): assert row["accuracy"] == pytest.approx(row["simulated"], abs=0.02), name
+    assert not list((tmp_path / "compressing").glob("*"))
+    again = run(config, progress=False)
+    assert reused(again) == ["reference", "compress", "quantize", "export", "measure"] and again.nets == nets
+    four = run(replace(config, w_bits=4), progress=False)  # builds the compressed network again from its plan
+    assert reused(four) == ["reference", "compress"] and four.nets["compressed"]["macs"] == nets["compressed"]["macs"]
+    assert reused(run(replace(config, compress=None), progress=False)) == ["reference"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_while_compressing_and_resumed(after, tmp_path):
+    config = replace(HALF, out=str(tmp_path / "killed"))
+    died = subprocess.run([sys.executable, "-c", KILLED.format(stage="compress", after=after, config=asdict(config))], capture_output=True, text=True, timeout=300)
+    assert died.returncode == -9, died.stderr
+    again, whole = run(config, progress=False), run(replace(config, out=str(tmp_path / "whole")), progress=False)
+    assert reused(again) == ["reference", "compress"][:1 + after] and facts(again) == facts(whole)
+
+
+@pytest.mark.parametrize("share", [0, 1, 50, -0.5])
+def test_shares_that_cannot_be_kept(share):
+    with pytest.raises(ValueError, match=f"compress={share}: give the share of the MACs to keep"): check_config(Config(compress=share))
+
+
+# ---- early exits
+
+
+def test_early_exits(tmp_path):
+    config = replace(TINY, n_train=1000, epochs=3, exits="blocks.0,blocks.1", exit_loss=0.3, exit_epochs=2, out=str(tmp_path))
+    report = run(config, progress=False)
+    assert list(report.nets) == ["FP32", "INT8", "early exit"] and stages(report)[-1] == "early_exit"
+    row = report.nets["early exit"]
+    assert 0 < row["macs"] < report.nets["FP32"]["macs"] and 0 <= row["agreement"] <= 1 and row["mean_ms"] > 0 and report.nets["FP32"]["mean_ms"] > 0
+    assert (tmp_path / "early-exit" / "cascade.json").is_file()
+    assert any(n.startswith("early exit, on FP32: ") for n in report.notes) and "INT8 reaches" in str(report)
+    again = run(config, progress=False)
+    assert reused(again) == ["reference", "quantize", "export", "measure", "early_exit"] and again.nets == report.nets
+    (tmp_path / "early-exit" / "stage0.onnx").unlink()
+    assert "early_exit" not in reused(run(config, progress=False)) and (tmp_path / "early-exit" / "stage0.onnx").is_file()
+
+
+def test_exits_after_nothing(finished):
+    config, _ = finished
+    with pytest.raises(ValueError, match="no exit after 'blocks.9'"): run(replace(config, exits="blocks.0,blocks.9"), progress=False)
+    with pytest.raises(ValueError, match="exit_loss=1.5: give a share of the answers"): check_config(Config(exit_loss=1.5))
+
+
 # ---- options
 
 
-@given(st.builds(Config, w_bits=st.integers(2, 8), a_bits=st.integers(2, 8), per_channel=st.booleans(), seed=st.integers(0, 9), n_train=st.none() | st.integers(1, 9),
+@given(st.builds(Config, w_bits=st.integers(2, 8), a_bits=st.integers(2, 8), per_channel=st.none() | st.booleans(), method=st.none() | st.sampled_from(["dfq", "nearest,adaround"]), compress=st.none() | st.sampled_from([0.25, 0.5]), seed=st.integers(0, 9), n_train=st.none() | st.integers(1, 9),
                  mean=st.none() | st.tuples(st.floats(0, 1)), class_index=st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)), out=st.text(st.characters(codec="ascii", categories=["L", "Zs"]), min_size=1)))
 def test_a_config_survives_json_and_the_shell(config):
     assert config_from(json.loads(json.dumps(asdict(config)))) == config
@@ -206,6 +382,20 @@ def test_weights_round_trip(tmp_path):
     for f in ("a.pth", "b.pth", "c.safetensors"):
         again = fill(build_network("small_resnet", 10, (1, 8, 8)), load_weights(tmp_path / f))
         assert torch.equal(again(x), net.eval()(x))
+
+
+def test_outputs_are_counted_in_whatever_order_the_weights_come():
+    net = build_network("small_mobilenet", 7, (1, 8, 8))
+    for state in (net.state_dict(), dict(sorted(net.state_dict().items())), dict(reversed(net.state_dict().items()))):
+        assert restore_network("small_mobilenet", state, (1, 8, 8))(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+
+
+def test_a_file_may_import_those_beside_it(tmp_path):
+    (tmp_path / "beside_nets.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
+    (tmp_path / "nets.py").write_text("from beside_nets import Net\ndef make(): return Net(3, 2)\n")
+    before = list(sys.path)
+    assert build_network(f"{tmp_path}/nets.py:make", 2).out_features == 2
+    assert sys.path == before
 
 
 def test_bad_weights(tmp_path):
@@ -254,7 +444,7 @@ def test_a_network_that_cannot_be_traced(tmp_path):
 def test_an_operator_that_stays_in_float_is_reported(tmp_path):
     (tmp_path / "nets.py").write_text(USERS)
     report = run(replace(TINY, model=f"{tmp_path}/nets.py:Odd", out=str(tmp_path / "run")), progress=False)
-    assert any(n.startswith("Left in float: erf") for n in report.notes) and "Left in float" in str(report)
+    assert any(n.startswith("INT8, left in float: erf") for n in report.notes) and "left in float" in str(report)
 
 
 def test_heads_of_another_size(tmp_path):
@@ -289,7 +479,7 @@ def test_imagenette_is_judged_by_imagenets_outputs():
         def forward(self, x): return nn.functional.one_hot(torch.tensor(index)[self.y], 1000).float()
     oracle = Oracle()
     oracle.y = torch.cat([y for _, y in data.test])
-    assert accuracy(oracle, _relabel(data, index).test) == 1
+    assert accuracy(oracle, relabel(data, index).test) == 1
 
 
 def test_real_imagenet_images_and_weights(mep_data, tmp_path):

@@ -25,7 +25,7 @@ INT8 = net(accuracy=0.9095, change=-0.0025, change_se=0.0012, agreement=0.989, s
 
 def report(**kw):
     return Report(**dict(title="small_resnet on shapes", command="mep run --out 'a b'", config=dict(data="shapes"), data=dict(name="shapes", classes=["a<b", "c&d"]),
-                         nets={"FP32": net(), "INT8": INT8}, layers=[dict(name="conv1", sqnr_db=41.0), dict(name="fc", sqnr_db=44.0)],
+                         nets={"FP32": net(), "INT8": INT8}, layers=[dict(net="INT8", name="conv1", sqnr_db=41.0), dict(net="INT8", name="fc", sqnr_db=44.0)],
                          stages=[dict(stage="measure", seconds=1.5, reused=True)], environment=dict(cpu="some CPU", torch="2")) | kw)
 
 
@@ -93,6 +93,13 @@ def test_text_and_page_say_the_same():
         assert label in text(r) and label in words and how in words
         assert all(c in text(r) and c in words for c in cells)
     assert headline(r) in text(r) and headline(r) in words
+
+
+def test_layers_of_several_networks_stand_side_by_side():
+    layers = [dict(net=n, name=name, sqnr_db=db) for n, name, db in (("INT8", "conv1", 41.0), ("INT8", "fc", 44.0), ("INT8 dfq", "conv1", 51.5), ("INT8 dfq", "add", 60.0))]
+    page = tree(html(report(layers=layers)))
+    rows = {r[0].text: [d.text for d in r[1:]] for r in page.find(".//details").iter("tr")}
+    assert rows == {"layer": ["INT8: SQNR at the output (dB)", "INT8 dfq: SQNR at the output (dB)"], "conv1": ["41.0", "51.5"], "fc": ["44.0", "–"], "add": ["–", "60.0"]}
 
 
 def test_slower_is_called_slower():

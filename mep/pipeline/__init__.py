@@ -1,6 +1,7 @@
 """The whole pipeline: `mep.pipeline.run(config)`, and the shell command `mep`."""
 
 _HOME = {"run": "core", "Config": "core", "STAGES": "core", "Report": "report"}
+_MODULES = ("core", "report", "cli", "convert")
 __all__ = list(_HOME)
 
 
@@ -10,9 +11,9 @@ def __getattr__(name):
 
     if name in _HOME:
         return getattr(importlib.import_module(f"mep.pipeline.{_HOME[name]}"), name)
-    if name in ("core", "report", "cli"):
+    if name in _MODULES:
         return importlib.import_module(f"mep.pipeline.{name}")
-    raise AttributeError(f"module 'mep.pipeline' has no attribute {name!r}; it has {', '.join([*__all__, 'core', 'report', 'cli'])}")
+    raise AttributeError(f"module 'mep.pipeline' has no attribute {name!r}; it has {', '.join([*__all__, *_MODULES])}")
 
 
 def __dir__():

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..plot import INK, PAPER, RC, SOFT, color, pareto, style, svg
+from ..plot import COLORS, INK, PAPER, RC, SOFT, color, pareto, style, svg
 from ..store import write_atomic
 
 # %% ../../nbs/pipeline/91_report.ipynb #b32f5b40
@@ -76,6 +76,7 @@ ROWS = [ # label, number -> text, how it was measured
     ("agrees with FP32", lambda r: f"{100*r['agreement']:.1f} %", "Share of the test images with the same answer as FP32."),
     ("logits, SQNR", lambda r: f"{r['sqnr_db']:.1f} dB", "Power of FP32's logits over the power of the difference."),
     ("accuracy in PyTorch", lambda r: f"{100*r['simulated']:.2f} %", "The same network in PyTorch, its integers simulated."),
+    ("rounding", lambda r: r["method"], "How the weights got their integers, and what shares one range."),
     ("bits, weights/activations", lambda r: f"{r['w_bits']}/{r['a_bits']}", "Bits in which numbers are stored and multiplied."),
     ("layers on integers", lambda r: f"{r['integer_layers']} of {r['integer_layers'] + r['float_layers']}", "Convolutions and linear layers, counted in the graph that onnxruntime runs."),
     ("file against simulation", lambda r: "every bit agrees" if r["parity_db"] is None else f"{r['parity_db']:.1f} dB", "Logits of the file compared with PyTorch's simulation of it."),
@@ -84,6 +85,7 @@ ROWS = [ # label, number -> text, how it was measured
     ("MACs", lambda r: si(r["macs"]), "Multiply-accumulates for one image."),
     ("BOPs", lambda r: si(r["bops"]), "MACs times bits of the weights times bits of the activations."),
     ("latency", _span, "Median time of one image, with the 10th and 90th percentile; networks timed in turn."),
+    ("mean latency", lambda r: f"{r['mean_ms']:.3g} ms", "Mean time of a test image, one at a time; images that leave early take less."),
     ("speed-up", _faster, "Ratio of the medians, with a 95 % bootstrap interval."),
 ]
 
@@ -101,7 +103,7 @@ def table(report:Report, # A run's report
 def headline(report:Report, # A run's report
 ) -> str:
     "The result in one sentence; empty for a run that measured fewer than two networks."
-    done = {k: r for k, r in report.nets.items() if "accuracy" in r}
+    done = {k: r for k, r in report.nets.items() if {"accuracy", "ms"} <= set(r)}
     if len(done) < 2: return ""
     (first, a), (last, b) = list(done.items())[0], list(done.items())[-1]
     times = lambda ratio, more, less: f"{ratio:.1f} times {more}" if ratio >= 1 else f"{1/ratio:.1f} times {less}"
@@ -140,18 +142,22 @@ def figure_pareto(report:Report, # A run's report
 
 # %% ../../nbs/pipeline/91_report.ipynb #5e827220
 def _method(name):
-    "The colour key of a network's name: grey for FP32, one colour for what is quantized."
-    return "fp32" if name == "FP32" else "ptq"
+    "The colour key of a network's name: grey for FP32, one colour for each method."
+    last = name.split()[-1]
+    return {"FP32": "fp32", "compressed": "svd"}.get(name, last if last in COLORS else "ptq")
 
 # %% ../../nbs/pipeline/91_report.ipynb #f305b51a
 def figure_layers(report:Report, # A run's report
 ) -> Axes: # None if there is no layer
     "Signal-to-quantization-noise ratio at the output with one layer quantized at a time."
-    rows = [r for r in report.layers if math.isfinite(r["sqnr_db"])]
-    if not rows: return None
-    ax, few = _axes(), len(rows) <= 24
-    ax.bar(range(len(rows)), [r["sqnr_db"] for r in rows], color=color("ptq"))
-    if few: ax.set_xticks(range(len(rows)), [r["name"] for r in rows], rotation=60, ha="right", fontsize=8)
+    layers, nets = list(dict.fromkeys(r["name"] for r in report.layers)), list(dict.fromkeys(r["net"] for r in report.layers))
+    if not layers: return None
+    ax, few, width = _axes(), len(layers) <= 24, .8 / len(nets)
+    for i, net in enumerate(nets):
+        rows = [r for r in report.layers if r["net"] == net]
+        ax.bar([layers.index(r["name"]) + (i - (len(nets) - 1) / 2) * width for r in rows], [r["sqnr_db"] for r in rows], width, color=color(_method(net)), label=net)
+    if few: ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
+    if nets[1:]: ax.legend(ncols=len(nets), loc="lower center", bbox_to_anchor=(.5, 1))
     ax.set(xlabel="" if few else "layer, from input to output", ylabel="SQNR at the output (dB)"); ax.grid(axis="x", visible=False)
     return ax
 
@@ -214,8 +220,12 @@ def _stages(report):
 
 def _layers_table(report):
     if not report.layers: return ""
-    rows = "".join(f'<tr><th scope="row">{escape(r["name"])}</th><td>{r["sqnr_db"]:.1f}</td></tr>' for r in report.layers)
-    return f'<details><summary>The numbers behind the second figure</summary><table><thead><tr><th scope="col">layer</th><th scope="col">SQNR at the output (dB)</th></tr></thead><tbody>{rows}</tbody></table></details>'
+    head = lambda scope, text: f'<th scope="{scope}">{escape(text)}</th>'
+    db = {(r["net"], r["name"]): f"{r['sqnr_db']:.1f}" for r in report.layers}
+    nets, names = (list(dict.fromkeys(k[i] for k in db)) for i in (0, 1))
+    rows = "".join(f"<tr>{head('row', name)}{''.join(f'<td>{db.get((net, name), chr(0x2013))}</td>' for net in nets)}</tr>" for name in names)
+    heads = head("col", "layer") + "".join(head("col", f"{net}: SQNR at the output (dB)") for net in nets)
+    return f"<details><summary>The numbers behind the second figure</summary><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></details>"
 
 # %% ../../nbs/pipeline/91_report.ipynb #92cbd61e
 def html(report:Report, # A run's report
