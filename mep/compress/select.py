@@ -760,24 +760,36 @@ def _within(job, items, budget, whole):
     "The best choice within a budget, or the cheapest if that is allowed"
     least = sum(min(o.cost for o in options) for options in items)
     if least <= budget: return knapsack(items, budget)
-    text = f"{job.asked} can't be reached: with the methods {', '.join(job.methods)} the least is {(least - budget + job.target * job.total) / job.total:.3f}"
+    text = f"{job.asked} can't be reached: with the methods {', '.join(job.methods)} the least is {(least + job.total - whole) / job.total:.3f}"
     if not job.allow_closest: raise ValueError(f"{text}. Ask for that, give more methods, or set allow_closest=True")
     warnings.warn(f"{text}, and that is what you get", stacklevel=5)
     return [min(options, key=lambda o: o[:2]) for options in items]
 
-# %% ../../nbs/compress/24_select.ipynb #561a4794
+# %% ../../nbs/compress/24_select.ipynb #ab3c4854
+def _by_latency(job, items, whole):
+    "Choices for one budget after the other, until the whole network, measured, has the latency asked for; the closest one"
+    least = sum(min(o.cost for o in options) for options in items) / whole
+    share, low, high, tried = job.target, (0., 0.), (1., 1.), [] # share of the time of all layers; (share, latency) on both sides
+    for _ in range(6):
+        chosen = _within(job, items, share * whole, whole)
+        old, new = _network_ms(job, job.model, apply_plan(job.model, _plan(job, chosen)).eval())
+        ratio = new / old
+        tried.append((ratio, chosen))
+        if abs(ratio - job.target) < .02: break
+        low, high = (low, (share, ratio)) if ratio > job.target else ((share, ratio), high)
+        part = (job.target - low[1]) / max(high[1] - low[1], 1e-9)
+        share = max(low[0] + (high[0] - low[0]) * min(max(part, .1), .9), least)
+    job.facts["latency"], chosen = min(tried, key=lambda t: abs(t[0] - job.target))
+    if job.facts["latency"] > job.target + .1 and not job.allow_closest:
+        raise ValueError(f"{job.asked} can't be reached: the closest of {len(tried)} measured networks has {job.facts['latency']:.3f}. Ask for that, give more methods, or set allow_closest=True")
+    return chosen
+
+# %% ../../nbs/compress/24_select.ipynb #500eddf3
 def _by_knapsack(job):
     "Our way: predicted losses, chosen exactly"
-    job.total = float(job.macs_before) if job.latency is None else _network_ms(job, job.model)[0]
     items, whole, gs, names = _scored(job)
-    budget = job.target * job.total - (job.total - whole)
-    chosen = _within(job, items, budget, whole)
-    for _ in range(3 if job.latency is not None else 0):
-        old, new = _network_ms(job, job.model, apply_plan(job.model, _plan(job, chosen)).eval())
-        job.facts["latency"] = new / old
-        if abs(new / old - job.target) < .02: break
-        budget += (job.target - new / old) * job.total
-        chosen = _within(job, items, budget, whole)
+    job.total = float(job.macs_before) if job.latency is None else whole
+    chosen = _within(job, items, job.target * job.total - (job.total - whole), whole) if job.latency is None else _by_latency(job, items, whole)
     job.facts["predicted loss"] = sum(o.loss for o in chosen)
     return _plan(job, chosen), gs, names
 
