@@ -146,7 +146,7 @@ def cubic(
     final:float, # Sparsity at 1
     initial:float=0., # Sparsity at 0
 )->float:
-    "Sparsity along the cubic schedule of Zhu and Gupta (2017, equation 1)."
+    "Sparsity along the cubic schedule of Zhu and Gupta (2017)."
     return final + (initial - final) * (1 - min(max(t, 0.), 1.)) ** 3
 
 # %% ../../nbs/compress/20_prune.ipynb #3b7d5b2d

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..graph import lockstep, that_fit
 from ..moments import Moments, Quadratic, image_batches, outer, outputs_at, patches, positions, rows
 from .grid import Grid, quantize as to_integers
-from .sim import QuantLayer, QuantModel, quantize
+from .sim import QuantLayer, QuantModel, _device, quantize
 from ..store import Store, content_hash
 
 # %% ../../nbs/quant/33_adaround.ipynb #36dc63cc
@@ -294,7 +294,7 @@ def adaround(
     if method not in METHODS: raise ValueError(f"method={method!r} is unknown; known are {', '.join(METHODS)}")
     options = dict(method=method, iterations=iterations, lr=lr, samples=samples, effort=effort, refit=refit, residual=residual, seed=seed)
     layer_bits = {k: v if isinstance(v, (tuple, list)) else (v, a_bits) for k, v in (layer_bits or {}).items()}
-    batches = [b.to(_home(model)) for b in image_batches(calib)]
+    batches = [b.to(_device(model)) for b in image_batches(calib)]
     settings = dict(w_bits=w_bits, a_bits=a_bits, per_channel=per_channel, layer_bits=layer_bits, **kw)
     qm = quantize(model, batches, progress=False, **settings)
     store = checkpoint if isinstance(checkpoint, Store) or checkpoint is None else Store(checkpoint)
@@ -302,6 +302,3 @@ def adaround(
     with torch.no_grad(), store.lock() if store else nullcontext():
         _solve_layers(qm, that_fit(qm.net, batches, memory), store, options, progress)
     return qm
-
-# %% ../../nbs/quant/33_adaround.ipynb #1c4ddc3f
-def _home(model): return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..moments import image_batches
 from .grid import dequantize
-from .sim import (_ADD, _NORMAL, _NOTHING, Clip, OnGrid, QuantAdd, QuantLayer, QuantModel, Quantizer, _arguments, _bypass, _call, _finish,
+from .sim import (_ADD, _NORMAL, _NOTHING, Clip, OnGrid, QuantAdd, QuantLayer, QuantModel, Quantizer, _arguments, _bypass, _call, _device, _finish,
                            _mean, _module, _swap, _trace, _what, fold_bn, quantize)
 from ..train import evaluating, sqnr_db
 
@@ -528,4 +528,3 @@ def _climb(trial, net, changes):
     return best[best[1][0] >= best[0][0]][1], steps
 
 def _warn(name, before, after): warnings.warn(f"dfq left out {name}: with it the logits' SQNR is {after:.1f} dB, without it {before:.1f} dB", stacklevel=4)
-def _device(model): return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
