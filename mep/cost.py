@@ -238,7 +238,7 @@ class Table(list):
         return [i == 0 or not any(c[:1].isdigit() for c in column[1:]) for i, column in enumerate(zip(*self))]
     def _repr_markdown_(self) -> str:
         rule = [":--" if l else "--:" for l in self._left()]
-        return "\n".join("| " + " | ".join(row) + " |" for row in [self[0], rule, *self[1:]]) + "\n\n" + self.note.replace("\n", "  \n")
+        return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [self[0], rule, *self[1:]]) + "\n\n" + self.note.replace("\n", "  \n")
 
 # %% ../nbs/02_cost.ipynb #7f81ac56
 def _bits(layers: list[LayerCost], bits, what: str) -> list[float]:
