@@ -2,7 +2,7 @@
 
     python benchmarks/dynamic_conv.py
 
-Everything runs on one thread; times are the quickest tenth of the calls. Takes about ten minutes; no data is needed. Resumes in runs/dynamic_conv if interrupted.
+Everything runs on one thread; times are that thread's own, all calls in alternation, the quickest tenth of each. Takes about ten minutes; no data is needed. Resumes in runs/dynamic_conv if interrupted.
 """
 import argparse
 import json
@@ -47,7 +47,7 @@ def time_layer(name, channels, size, kernel, groups, n):
     x = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     masks = [discs(size, s) for s in SHARES]
     calls = {(b, i): partial(sparse_conv, x, layer, m, tile=b) for b in TILES for i, m in enumerate(masks)}
-    ms = time_calls({"dense": partial(layer, x)} | calls, n=n)
+    ms = time_calls({"dense": partial(layer, x)} | calls, n=n, clock=time.thread_time_ns)
     shares, times = [m.float().mean().item() for m in masks], {b: [ms[b, i] for i in range(len(masks))] for b in TILES}
     return dict(name=name, macs=size*size*layer.weight.numel(), dense_ms=ms["dense"], shares=shares, ms={str(b): t for b, t in times.items()},
                 tenth={str(b): t[SHARES.index(.1)] for b, t in times.items()}, break_even=break_even(ms["dense"], shares, times))
@@ -82,7 +82,7 @@ def measure(store, a, width, seed):
     x, y = small_objects(a.n_test, seed=99)
     big = small_objects(a.n_big, seed=98, size=288)[0].to(memory_format=torch.channels_last)
     def over(net): return lambda: [net(p) for p in big.split(1)]
-    ms = time_calls({name: over(ready(net)) for name, net in nets.items()}, n=a.rounds)
+    ms = time_calls({name: over(ready(net)) for name, net in nets.items()}, n=a.rounds, clock=time.thread_time_ns)
     full, objects, rows = profile(nets["static"], (3, 96, 96)).macs, y[:, None] > 0, {}
     for name, net in nets.items():
         macs = full if name == "static" else active_macs(net, x)

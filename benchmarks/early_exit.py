@@ -77,10 +77,10 @@ def networks(store, data, seed, epochs):
 
 # Measuring
 
-def selections(valid, test, full):
+def selections(valid, test, full, budgets=BUDGETS):
     "Each budget: both ways to choose thresholds, on validation and on test data."
     rows = []
-    for share in BUDGETS:
+    for share in budgets:
         for name, choose in dict(published=budgeted_thresholds, joint=joint_thresholds).items():
             t = choose(valid, share * full)
             a, b = valid.outcome(t), test.outcome(t)

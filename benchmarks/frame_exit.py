@@ -2,10 +2,10 @@
 
     python benchmarks/frame_exit.py
 
-Each seed trains a backbone on single pictures and the exits on clips, trains gates on half of the held-out clips for each price beta, and chooses on the other
-half: the fewest frames at no more than `--tolerance` accuracy lost. The test clips only measure what was chosen. A threshold on the largest softmax, which
-needs no training, is chosen on all held-out clips. Latency: batch 1 in onnxruntime, one thread, clip by clip in alternation with all frames in one batch. Needs no data set; five
-minutes on one quiet core. Resumes in runs/frame_exit if interrupted.
+Each seed trains a backbone on single pictures and the exits on clips. Gates, as published or looking at the answer, are trained on each half of the held-out clips for
+each setting of their labels, and judged on the other half: the setting with the fewest frames at no more than `--tolerance` accuracy lost is trained again on all of them.
+A threshold on the largest softmax, which needs no training, is chosen on all held-out clips. The test clips only measure what was chosen. Latency: batch 1 in onnxruntime,
+one thread and its own clock, clip by clip in alternation with all frames in one batch. Needs no data set; ten minutes on one quiet core. Resumes in runs/frame_exit if interrupted.
 """
 import argparse
 import json
@@ -28,8 +28,9 @@ from mep.train import evaluating, fit, small_resnet
 
 HERE = Path(__file__).parent
 FAR = 1 << 40  # the index of the first test clip: no seed trains on them
-BETAS = {"gates": (.001, .003, .005, .01, .03, .1), "relative": (1e-5, 1e-4, .001, .01, .1)}
-RULES = "gates", "relative", "confidence"
+SETTINGS = {"gates": [dict(beta=b) for b in (.001, .003, .005, .01, .03, .1)],
+            "answer": [dict(beta=b, growth=g, sees="answer") for g, betas in {.5: (.005, .01), .25: (.03, .05, .07, .1), 0.: (.1, .14, .2)}.items() for b in betas]}
+RULES = *SETTINGS, "confidence"
 REPORTED = {k: lambda run, rule, k=k: rule[k] for k in ("accuracy", "frames", "exit_ms", "all_ms", "speedup")} | dict(lost=lambda run, rule: run["full"] - rule["accuracy"])
 THRESHOLDS = (0., .3, .4, .5, .6, .65, .7, .725, .75, .775, .8, .825, .85, .9, .95, .98, 1.)
 
@@ -61,9 +62,14 @@ def build(a, net, seed):
     return FrameExit(nn.Sequential(net.stem, net.blocks, *net.head[:2]), len(CLASSES), a.frames, head=net.head[2], seed=seed)
 
 
-def halves(seen):
-    "Two sets of clips: to train gates, and to choose"
-    return Seen(*(t[0::2] for t in seen)), Seen(*(t[1::2] for t in seen))
+def halves(seen): return Seen(*(t[0::2] for t in seen)), Seen(*(t[1::2] for t in seen))
+
+
+def crosswise(net, held_out, setting, seed):
+    "Frames and accuracy of a setting on all held-out clips, each judged by gates trained on the other half"
+    a, b = halves(held_out)
+    parts = [measured(train_gates(net, mine, **setting, seed=seed), theirs, .5, "gate") for mine, theirs in ((a, b), (b, a))]
+    return Point(setting, *(mean(p[k] for p in parts) for k in ("frames", "accuracy")))
 
 
 def cheapest(points, clips, tolerance):
@@ -94,31 +100,46 @@ def measured(net, tests, setting, by):
 def timed(a, net, data, threshold, by="gate"):
     "Latency in onnxruntime, clip by clip"
     x = torch.cat([x for x, _ in data.test])[:a.n_timed].numpy()
-    with tempfile.TemporaryDirectory() as folder: t = clip_times(Cascade(export_cascade(net, folder)), x, threshold, by)
+    with tempfile.TemporaryDirectory() as folder: t = clip_times(Cascade(export_cascade(net, folder)), x, threshold, by, clock=time.thread_time_ns)
     return dict(exit_ms=float(t.exit_ms.mean()), exit_ms_p95=float(np.percentile(t.exit_ms, 95)), all_ms=float(t.all_ms.mean()), timed_frames=float(t.frames.mean()), speedup=t.speedup)
 
 
-def study(a, seed, store):
-    "Everything that is reported of one seed"
+def network(a, seed, store):
+    "The clips of a seed, its trained network, and how long that took"
     data = clips(a, seed)
     tensors, meta = store.cached(f"{seed}/net", partial(trained, a, seed, data))
     net = build(a, small_resnet(len(CLASSES), width=a.width), seed).eval()
     net.load_state_dict(tensors)
+    return data, net, meta["seconds"]
+
+
+def study(a, seed, store):
+    "Accuracy and frames of one seed"
+    data, net, seconds = network(a, seed, store)
     held_out, tests = watch(net, data.valid), watch(net, data.test)
-    gate_clips, choice = halves(held_out)
     by_exit = (tests.logits.argmax(2) == tests.y[:, None]).float().mean(0).tolist()
-    result = dict(seed=seed, full=by_exit[-1], by_exit=by_exit, spaced=spaced(net, data, tests.y, a.frames), seconds=meta["seconds"])
-    for rule, relative in (("gates", False), ("relative", True)):
+    result = dict(seed=seed, full=by_exit[-1], by_exit=by_exit, spaced=spaced(net, data, tests.y, a.frames), seconds=seconds)
+    for rule, settings in SETTINGS.items():
         start = time.perf_counter()
-        gated = {beta: train_gates(net, gate_clips, beta, relative, seed=seed) for beta in BETAS[rule]}
-        seconds = (time.perf_counter() - start) / len(BETAS[rule])
-        chosen, front = ([Point(beta, *(measured(g, on, .5, "gate")[k] for k in ("frames", "accuracy"))) for beta, g in gated.items()] for on in (choice, tests))
-        beta = cheapest(chosen, choice, a.tolerance)
-        model, threshold = (gated[beta], .5) if beta else (net, 1.)
-        result[rule] = measured(model, tests, threshold, "gate") | timed(a, model, data, threshold) | dict(setting=beta, seconds=seconds, front=[p._asdict() for p in front])
+        gated = [train_gates(net, held_out, **s, seed=seed) for s in settings]
+        seconds = (time.perf_counter() - start) / len(settings)
+        setting = cheapest([crosswise(net, held_out, s, seed) for s in settings], held_out, a.tolerance)
+        model, threshold = (gated[settings.index(setting)], .5) if setting else (net, 1.)
+        front = [dict(setting=s) | {k: v for k, v in measured(g, tests, .5, "gate").items() if k != "left_at"} for s, g in zip(settings, gated)]
+        result[rule] = measured(model, tests, threshold, "gate") | dict(setting=setting, seconds=seconds, front=front)
     threshold = cheapest(sweep_confidence(net, held_out, THRESHOLDS), held_out, a.tolerance) # nothing to train: all of them may choose
-    result["confidence"] = measured(net, tests, threshold, "confidence") | timed(a, net, data, threshold, "confidence") | dict(setting=threshold, front=[p._asdict() for p in sweep_confidence(net, tests, THRESHOLDS)])
+    result["confidence"] = measured(net, tests, threshold, "confidence") | dict(setting=threshold, front=[p._asdict() for p in sweep_confidence(net, tests, THRESHOLDS)])
     return {}, result
+
+
+def timings(a, seed, store, run):
+    "Latencies of the rules that `study` chose"
+    data, net, _ = network(a, seed, store)
+    held_out, found = watch(net, data.valid), {}
+    for rule in SETTINGS:
+        setting = run[rule]["setting"]
+        found[rule] = timed(a, train_gates(net, held_out, **setting, seed=seed), data, .5) if setting else timed(a, net, data, 1.)
+    return {}, found | dict(confidence=timed(a, net, data, run["confidence"]["setting"], "confidence"))
 
 
 def spread(values): return dict(mean=mean(values), sd=stdev(values) if len(values) > 1 else None, n=len(values))
@@ -145,6 +166,7 @@ def main():
     for seed in range(a.seeds):
         runs.append(store.cached(f"{seed}/study", partial(study, a, seed, store)).meta)
         r = runs[-1]
+        for rule, ms in store.cached(f"{seed}/times", partial(timings, a, seed, store, r)).meta.items(): r[rule] |= ms
         print(f"seed {seed}: all frames {r['full']:.4f}; " + "; ".join(f"{k} {r[k]['accuracy']:.4f} with {r[k]['frames']:.2f} frames ({r[k]['setting']})" for k in RULES), flush=True)
     summary = {rule: {k: spread([f(r, r[rule]) for r in runs]) for k, f in REPORTED.items() if k in runs[0][rule] or k == "lost"} for rule in RULES}
     summary["all frames"] = dict(accuracy=spread([r["full"] for r in runs]))

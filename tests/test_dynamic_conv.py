@@ -26,7 +26,6 @@ from mep.conditional.dynamic_conv import (
     mean_iou,
     needed,
     open_gate,
-    output_size,
     put,
     ready,
     small_objects,
@@ -36,6 +35,7 @@ from mep.conditional.dynamic_conv import (
     time_calls,
 )
 from mep.cost import profile
+from mep.moments import output_size
 from mep.train import BasicBlock, fit, small_mobilenet, small_resnet
 
 
@@ -96,7 +96,7 @@ def test_put_in_place_only_if_asked():
 def test_output_size_and_what_is_needed(layer):
     conv, x = layer
     with torch.no_grad(): y = conv(x)
-    assert output_size(conv, x.shape[2:]) == tuple(y.shape[2:])
+    assert output_size(conv, x) == tuple(y.shape[2:])
     if conv.padding_mode != "zeros": return
     at = torch.zeros(1, 1, *y.shape[2:]); at[0, 0, y.shape[2] // 2, y.shape[3] // 2] = 1
     x1 = torch.zeros_like(x[:1]).requires_grad_()

@@ -34,11 +34,13 @@ def backbone(features=6): return nn.Sequential(nn.Conv2d(3, features, 3, 2), nn.
 
 
 @torch.no_grad()
-def net(n_frames=4, seed=0):
+def net(n_frames=4, seed=0, sees="features"):
     "A network at whose gates about half of the clips leave"
     torch.manual_seed(seed)
-    model = FrameExit(backbone(), 5, n_frames, (3, 8, 8), (8, 4), seed=seed).eval()
-    logits = model.gates(model.features(clips(50, n_frames, 1)))
+    model = FrameExit(backbone(), 5, n_frames, (3, 8, 8), (8, 4), sees, seed=seed).eval()
+    for c in model.classifiers: c.weight *= 10  # answers that differ
+    z = model.features(clips(50, n_frames, 1))
+    logits = model.gates(model.evidence(z, torch.stack(model.classify(z), 1)))
     for decide, column in zip(model.gates.decide, logits.T):
         decide.weight /= column.std() + 1e-6
         decide.bias.copy_((decide.bias - column.mean()) / (column.std() + 1e-6))
@@ -75,9 +77,9 @@ def test_the_papers_order():
 
 # Leaving early
 
-@forall(st.integers(1, 6), st.floats(0, 1), st.sampled_from(["gate", "confidence"]), st.integers(0, 2**16))
-def test_predict_is_the_exit_where_the_clip_leaves(n_frames, threshold, by, seed):
-    model, x = net(n_frames, seed), clips(9, n_frames, seed)
+@forall(st.integers(1, 6), st.floats(0, 1), st.sampled_from(["gate", "confidence"]), st.sampled_from(["features", "answer"]), st.integers(0, 2**16))
+def test_predict_is_the_exit_where_the_clip_leaves(n_frames, threshold, by, sees, seed):
+    model, x = net(n_frames, seed, sees), clips(9, n_frames, seed)
     out = model.predict(x, threshold, by)
     with torch.no_grad(): exits = torch.stack(model(x))
     assert torch.allclose(out.logits, exits[out.frames - 1, torch.arange(9)], atol=1e-5)
@@ -185,15 +187,19 @@ def test_bad_networks():
     with pytest.raises(ValueError, match="no clips"): watch(net(), [])
     with pytest.raises(ValueError, match="below 0"): exit_labels(torch.ones(2, 3), -1.)
     with pytest.raises(ValueError, match="below 0"): exit_labels(torch.ones(2, 3), float("nan"))
+    with pytest.raises(ValueError, match="finite"): exit_labels(torch.ones(2, 3), .1, float("inf"))
+    with pytest.raises(ValueError, match="'features' or 'answer'"): FrameExit(nn.Flatten(), 5, 4, (3, 8, 8), sees="pixels")
 
 
 # Training
 
-@forall(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.integers(0, 2**16))
-def test_labels_grow_with_the_price(a, b, relative, seed):
+@forall(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**16))
+def test_labels_grow_with_the_price_and_the_frames(a, b, growth, seed):
     losses, (a, b) = torch.rand(20, 6, generator=torch.Generator().manual_seed(seed)) * 5, sorted((a, b))
-    few, many = exit_labels(losses, a, relative), exit_labels(losses, b, relative)
-    assert (few <= many).all() and (exit_labels(losses, a, False) <= exit_labels(losses, a, True)).all()
+    few, many = exit_labels(losses, a, growth), exit_labels(losses, b, growth)
+    assert (few <= many).all() and (exit_labels(losses, a, 0) <= few).all()
+    flat = exit_labels(losses[:, :1].expand(-1, 6), a, growth)
+    assert (flat[:, 1:] >= flat[:, :-1]).all()
 
 
 def test_training_touches_what_it_should():
@@ -205,6 +211,16 @@ def test_training_touches_what_it_should():
     for part in ("backbone", "classifiers"):
         assert all(torch.equal(a, b) for a, b in zip(getattr(gated, part).state_dict().values(), getattr(trained, part).state_dict().values()))
     assert not torch.equal(gated.gates.decide[0].weight, trained.gates.decide[0].weight)
+
+
+def test_gates_may_look_at_the_answer_instead():
+    model, data = net(), loader()
+    seen = watch(model, data)
+    gated = train_gates(model, seen, .5, growth=0, sees="answer", epochs=2)
+    assert (model.sees, gated.sees) == ("features", "answer") and gated.gates.look[0][0].in_features == 5
+    assert torch.equal(gated.evidence(seen.z, seen.logits), seen.logits.softmax(-1).sort(-1, descending=True).values)
+    assert train_gates(gated, seen, .5, epochs=1).sees == "answer"  # None keeps it
+    with pytest.raises(ValueError, match="'features' or 'answer'"): train_gates(model, seen, sees="pixels")
 
 
 def test_a_backbone_in_eval_mode_is_trained():
@@ -230,9 +246,9 @@ def test_losses_are_cross_entropy():
 
 # Files
 
-@pytest.mark.parametrize("n_frames", [1, 4])
-def test_cascade_agrees_with_torch(tmp_path, n_frames):
-    model, x = net(n_frames), clips(n_frames=n_frames)
+@pytest.mark.parametrize("n_frames, sees", [(1, "features"), (1, "answer"), (4, "features"), (4, "answer")])
+def test_cascade_agrees_with_torch(tmp_path, n_frames, sees):
+    model, x = net(n_frames, sees=sees), clips(n_frames=n_frames)
     cascade = Cascade(export_cascade(model, tmp_path))
     for rule in (dict(), dict(threshold=.25, by="confidence")):
         want = model.predict(x, **rule)

@@ -9,8 +9,9 @@ __all__ = ['frame_order', 'Gates', 'Prediction', 'FrameExit', 'exits_loss', 'tra
 
 # %% ../../nbs/conditional/43_frame_exit.ipynb #071157e3
 import copy
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,9 +39,9 @@ def frame_order(
 
 # %% ../../nbs/conditional/43_frame_exit.ipynb #27fc9e8d
 class Gates(nn.Module):
-    "One gate for each exit but the last: how sure it is that the clip can leave, from the features now and before"
+    "One gate for each exit but the last: how sure it is that the clip can leave, from what it sees now and what it saw before"
     def __init__(self,
-        n_features:int, # Of one frame
+        n_features:int, # What a gate looks at, numbers of it
         n_gates:int, # Frames minus one
         hidden:tuple=(128, 64), # Sizes of the network that both inputs go through
     ):
@@ -70,6 +71,7 @@ class FrameExit(nn.Module):
         n_frames:int, # T
         input_shape:tuple=(3, 32, 32), # (C, H, W) of one frame
         hidden:tuple=(128, 64), # Sizes inside the gates
+        sees:str="features", # What the gates look at, as published, or "answer": the exit's probabilities, the largest first
         head:nn.Linear|None=None, # Classifier of single frames, where the exits' classifiers start; None: at random
         seed:int=0, # Of the initial weights of classifiers and gates
     ):
@@ -79,8 +81,18 @@ class FrameExit(nn.Module):
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.classifiers = nn.ModuleList(nn.Linear(d, n_classes) for _ in self.order)
-            self.gates = Gates(d, n_frames - 1, hidden)
+        self.new_gates(sees, hidden, seed)
         for c in self.classifiers if head is not None else (): c.load_state_dict(head.state_dict())
+
+    def new_gates(self, sees, hidden, seed): # untrained ones, in the place of what is there
+        if sees not in _SEES: raise ValueError(f"sees={sees!r}: choose {' or '.join(map(repr, _SEES))}")
+        self.sees, self.hidden, n = sees, hidden, self.classifiers[0].in_features if sees == "features" else self.n_classes
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            self.gates = Gates(n, len(self.order) - 1, hidden)
+
+    def evidence(self, z, logits): # what the gates look at, of each frame so far
+        return z if self.sees == "features" else logits.softmax(-1).sort(-1, descending=True).values
 
     def features(self, x): # [N, T, C, H, W] -> z_1 to z_T, [N, T, D]
         frames = torch.stack(_frames(x, len(self.order), self.input_shape), 1)[:, self.order]
@@ -101,22 +113,26 @@ class FrameExit(nn.Module):
         frames, last = _frames(x, len(self.order), self.input_shape), len(self.order) - 1
         _check_rule(threshold, by)
         logits, used = frames[0].new_zeros(len(frames[0]), self.n_classes), torch.full((len(frames[0]),), last + 1, device=frames[0].device)
-        left, z = torch.arange(len(logits), device=used.device), None # clips that are still here, and what they have shown
+        left, z, before = torch.arange(len(logits), device=used.device), None, None # clips that are still here, what they have shown, what the last gate saw
         with evaluating(self), torch.no_grad():
             for t, at in enumerate(self.order):
                 if not len(left): break
                 new = self.backbone(_finite(frames[at][left], at, left))
-                z, before = (new, torch.zeros_like(new)) if t == 0 else (torch.maximum(z, new), z)
+                z = new if z is None else torch.maximum(z, new)
                 out = self.classifiers[t](z)
-                leave = _leaves(self.score(t, z, before, out, by), threshold) if t < last else torch.ones_like(left, dtype=torch.bool)
+                look = self.evidence(z, out)
+                if before is None: before = torch.zeros_like(look)
+                leave = _leaves(self.score(t, look, before, out, by), threshold) if t < last else torch.ones_like(left, dtype=torch.bool)
                 logits[left[leave]], used[left[leave]] = out[leave], t + 1
-                left, z = left[~leave], z[~leave]
+                left, z, before = left[~leave], z[~leave], look[~leave]
         return Prediction(logits, used)
 
-    def score(self, t, z, before, logits, by): # how sure exit t is, [N] in [0, 1]
-        return logits.softmax(-1).amax(-1) if by == "confidence" else self.gates.gate(t, z, before).sigmoid()
+    def score(self, t, look, before, logits, by): # how sure exit t is, [N] in [0, 1]
+        return logits.softmax(-1).amax(-1) if by == "confidence" else self.gates.gate(t, look, before).sigmoid()
 
 # %% ../../nbs/conditional/43_frame_exit.ipynb #436aec47
+_SEES = "features", "answer"
+
 def _n_features(backbone, input_shape):
     "Length of the backbone's output for one frame"
     at = next(backbone.parameters(), torch.empty(0)).device
@@ -201,7 +217,7 @@ def replay(
 )->Prediction:
     "What `predict` would answer, and how many frames it would look at."
     _check_rule(threshold, by)
-    score = seen.logits.softmax(-1).amax(-1)[:, :-1] if by == "confidence" else copy.deepcopy(model.gates).cpu()(seen.z).sigmoid()
+    score = seen.logits.softmax(-1).amax(-1)[:, :-1] if by == "confidence" else copy.deepcopy(model.gates).cpu()(model.evidence(seen.z, seen.logits)).sigmoid()
     leave = torch.cat([_leaves(score, threshold), torch.ones(len(score), 1, dtype=torch.bool)], 1)
     at = leave.int().argmax(1) # the first exit that lets go
     return Prediction(seen.logits[torch.arange(len(at)), at], at + 1)
@@ -210,29 +226,31 @@ def replay(
 def exit_labels(
     losses:Tensor, # Of each exit, [N, T]
     beta:float, # Price of a frame: the larger, the earlier clips leave
-    relative:bool=False, # Compare with what all frames would give, rather than with a loss of 0
+    growth:float=.5, # Of the bound with each frame, in its exponent; .5 as published, 0: the same bound for all exits
 )->Tensor: # float32 [N, T], 1 where a clip should leave
-    r"The gates' pseudo-labels $1[L_t < \beta e^{t/2}]$, t from 1 (Ghodrati et al., 2021). Raises ValueError for beta < 0."
+    r"The gates' pseudo-labels $1[L_t < \beta e^{\gamma t}]$, t from 1, $\gamma$ = 1/2 (Ghodrati et al., 2021). Raises ValueError for beta < 0 or a growth that is not finite."
     if not beta >= 0: raise ValueError(f"beta={beta}: a frame's price can't be below 0")
-    if relative: losses = losses - losses[:, -1:]
-    return (losses < beta * torch.exp(torch.arange(1, losses.shape[1] + 1, device=losses.device) / 2)).float()
+    if not math.isfinite(growth): raise ValueError(f"growth={growth}: give a finite number, such as .5 as published")
+    return (losses < beta * torch.exp(growth * torch.arange(1, losses.shape[1] + 1, device=losses.device))).float()
 
 # %% ../../nbs/conditional/43_frame_exit.ipynb #d411be83
 def train_gates(
     model:FrameExit, # Trained by `train_exits`; never changed
     seen:Seen, # Of `watch`, on clips that were not trained on
     beta:float=1e-2, # Price of a frame
-    relative:bool=False, # As in `exit_labels`
+    growth:float=.5, # As in `exit_labels`
+    sees:str|None=None, # What the gates look at, as in `FrameExit`; None: what they look at already
     epochs:int=20, # Passes over the clips
     lr:float=.01, # Peak learning rate of AdamW
     seed:int=0, # Of the order
     **kw, # Further arguments of `fit`
 )->FrameExit: # A copy with trained gates; all else is the same
-    "Train the gates to predict `exit_labels`. Raises ValueError for beta < 0 and as `fit` does."
+    "Train the gates to predict `exit_labels`. Raises ValueError as `exit_labels` and `fit` do, or for an unknown `sees`."
     model = copy.deepcopy(model)
-    labels = exit_labels(seen.losses, beta, relative)[:, :-1]
+    if sees not in (None, model.sees): model.new_gates(sees, model.hidden, seed)
+    labels = exit_labels(seen.losses, beta, growth)[:, :-1]
     if not labels.shape[1]: return model # one frame: no choice to learn
-    loader = DataLoader(TensorDataset(seen.z, labels), 256, shuffle=True, generator=torch.Generator())
+    loader = DataLoader(TensorDataset(model.evidence(seen.z, seen.logits), labels), 256, shuffle=True, generator=torch.Generator())
     model.gates = fit(model.gates, (loader, None), epochs, lr=lr, optimizer="adamw", loss=F.binary_cross_entropy_with_logits, seed=seed, progress=False, **kw).model
     return model
 
@@ -265,25 +283,27 @@ def sweep_confidence(
 
 # %% ../../nbs/conditional/43_frame_exit.ipynb #8f168b7c
 class _Exit(nn.Module):
-    "One exit: features [N, 2, D], now and before, to (how sure [N], logits [N, n_classes]); the last one to logits alone"
+    "One exit: features so far, and what the gate saw before, in one row, to (logits, how sure, what the gate sees now); the last one: features to logits"
     def __init__(self, model, t):
         super().__init__()
         self.model, self.t = model, t
 
-    def forward(self, pair):
-        z, before = pair.unbind(1)
+    def forward(self, x): # [N, D + what a gate sees]
+        z, before = x.tensor_split([self.model.classifiers[0].in_features], 1)
         logits = self.model.classifiers[self.t](z)
         if self.t + 1 == len(self.model.order): return logits
-        return self.model.gates.gate(self.t, z, before).sigmoid(), logits
+        look = self.model.evidence(z, logits)
+        return logits, self.model.gates.gate(self.t, look, before).sigmoid(), look
 
 def export_cascade(
     model:FrameExit, # Trained
     folder:str|Path, # Gets backbone.onnx and one file per exit
 )->Path: # The folder
     "Write the network as files for onnxruntime that can stop after any frame. Raises as `export_onnx` does."
-    folder, d = Path(folder), model.classifiers[0].in_features
-    export_onnx(model.backbone, folder / "backbone.onnx", model.input_shape, meta=dict(order=model.order))
-    for t in range(len(model.order)): export_onnx(_Exit(model, t), folder / f"exit_{t + 1}.onnx", (2, d))
+    folder, d, last = Path(folder), model.classifiers[0].in_features, len(model.order) - 1
+    sees = d if model.sees == "features" else model.n_classes # numbers that a gate looks at
+    export_onnx(model.backbone, folder / "backbone.onnx", model.input_shape, meta=dict(order=model.order, sees=sees))
+    for t in range(last + 1): export_onnx(_Exit(model, t), folder / f"exit_{t + 1}.onnx", (d + sees if t < last else d,))
     return folder
 
 # %% ../../nbs/conditional/43_frame_exit.ipynb #77616964
@@ -293,12 +313,13 @@ class Cascade:
         folder:str|Path, # Of `export_cascade`
         threads:int=1, # Threads inside one operator
     ):
-        self.order = read_meta(Path(folder) / "backbone.onnx")["order"]
+        meta = read_meta(Path(folder) / "backbone.onnx")
+        self.order, self.start = meta["order"], np.zeros((1, meta["sees"]), np.float32) # what the first gate saw before
         self.backbone = session(Path(folder) / "backbone.onnx", threads)
         self.exits = [session(Path(folder) / f"exit_{t + 1}.onnx", threads) for t in range(len(self.order))]
 
     def features(self, frames): return self.backbone.run(None, {"x": frames})[0] # [N, C, H, W] -> [N, D]
-    def exit(self, t, z, before): return self.exits[t].run(None, {"x": np.stack([z, before], 1)})
+    def exit(self, t, *x): return self.exits[t].run(None, {"x": np.concatenate(x, 1)})
 
     def predict(self,
         clip:np.ndarray, # One clip, float32 [T, C, H, W]
@@ -307,19 +328,20 @@ class Cascade:
     )->tuple: # Logits [n_classes], frames looked at
         "Look at one frame after another, and stop when that is enough. Raises ValueError for a bad rule."
         _check_rule(threshold, by)
-        z = None
+        z, before = -np.inf, self.start
         for t, at in enumerate(self.order):
-            new = self.features(clip[at:at + 1])
-            z, before = (new, np.zeros_like(new)) if z is None else (np.maximum(z, new), z)
-            *sure, logits = self.exit(t, z, before)
-            if not sure or _leaves(sure[0] if by == "gate" else 1 / np.exp(logits - logits.max()).sum(), threshold).all(): return logits[0], t + 1 # largest softmax
+            z = np.maximum(z, self.features(clip[at:at + 1]))
+            if t + 1 == len(self.order): return self.exit(t, z)[0][0], t + 1
+            logits, sure, before = self.exit(t, z, before)
+            if by == "confidence": sure = 1 / np.exp(logits - logits.max()).sum(keepdims=True) # largest softmax
+            if _leaves(sure, threshold).all(): return logits[0], t + 1
 
     def all_frames(self,
         clip:np.ndarray, # One clip, float32 [T, C, H, W]
     )->np.ndarray: # Logits [n_classes] of the last exit
         "All frames in one batch, no gates: the network that never stops."
         z = self.features(clip).max(0, keepdims=True)
-        return self.exit(len(self.order) - 1, z, z)[-1][0]
+        return self.exit(len(self.order) - 1, z)[0][0]
 
 # %% ../../nbs/conditional/43_frame_exit.ipynb #66901add
 class ClipTimes(NamedTuple):
@@ -337,6 +359,7 @@ def clip_times(
     by:str="gate", # As in `FrameExit`
     repeats:int=3, # Of each clip; the median counts
     seed:int=0, # Of the order in which the two are timed
+    clock:Callable=time.perf_counter_ns, # Nanoseconds; `time.thread_time_ns` leaves out what other processes took, and suits one thread only
 )->ClipTimes:
     "Latency clip by clip, early exits and all frames in alternation."
     rng, times = np.random.default_rng(seed), np.empty((2, len(clips), repeats))
@@ -345,7 +368,7 @@ def clip_times(
     for i, clip in enumerate(clips):
         for j in range(repeats):
             for way in rng.permutation(2):
-                start = time.perf_counter_ns()
+                start = clock()
                 ways[way](clip)
-                times[way, i, j] = (time.perf_counter_ns() - start) / 1e6
+                times[way, i, j] = (clock() - start) / 1e6
     return ClipTimes(*np.median(times, 2), np.array([ways[0](clip)[1] for clip in clips]))

@@ -118,10 +118,14 @@ class SkipConv2d(nn.Module):
         if self.memory is None: return self._begin(x)
         self._check(x)
         reference, out, _ = self.memory
-        on = self.gate(x - reference)
-        new = on.detach().mean((1, 2, 3), keepdim=True) > self.refresh
-        on = torch.where(new if self.cut is None else new | self.cut, 1., on)
+        on = self._refreshed(self.gate(x - reference))
         return self._follow(x, on, reference) if self.training else self._update(x, on, reference, out)
+
+    def _refreshed(self, on):
+        "Pictures that count as new are on everywhere"
+        new = on.detach().mean((1, 2, 3), keepdim=True) > self.refresh
+        if self.cut is not None: new = new | self.cut
+        return torch.where(new, 1., on) if new.any() else on
 
     def _begin(self, x):
         return self._remember(x.clone(), self.conv(x), x.new_ones(()))
@@ -133,10 +137,11 @@ class SkipConv2d(nn.Module):
 
     def _update(self, x, on, reference, out):
         "Only what is reached is computed, in the memory's own place"
-        if on.all(): return self._begin(x)
-        if not on.any(): return self._remember(reference, out, x.new_zeros(()))
-        moved, seen = tiles(on), reached(on, self.conv)
-        reference = put(take(x, moved), moved, reference, inplace=True)
+        share = on.mean().item()
+        if share == 1: return self._begin(x)
+        if share == 0: return self._remember(reference, out, x.new_zeros(()))
+        reference.lerp_(x, on) # exact, for gates are 0 or 1; one pass is quicker than to gather and scatter
+        seen = reached(on, self.conv)
         b = choose_tile(seen, self.conv) if self.tile is None else self.tile
         t = tiles(seen, b or 1)
         out = put(conv_tiles(take(reference, t, self.conv), self.conv), t, out, inplace=True) if b else self.conv(reference)
