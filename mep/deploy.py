@@ -125,8 +125,8 @@ def _verify(proto, model, shape, names, warned, min_sqnr=40.):
     try: out = ort.InferenceSession(proto.SerializeToString(), _options()).run(None, {"x": x.numpy()})
     except Exception as e: raise ExportError(f"the exported graph does not run on a batch of 3: {e}.{why}") from e
     for name, r, o in zip(names, ref, out):
-        sqnr = _compare(r, o)[1] if r.shape == o.shape else float("-inf")
-        if sqnr < min_sqnr:
+        far, sqnr = _compare(r, o) if r.shape == o.shape else (float("inf"), float("-inf"))
+        if sqnr < min_sqnr and far > 1e-6:  # a saturated sigmoid has no digits to agree on
             raise ExportError(f"output {name!r} of the exported graph differs from torch's on new inputs (shape {list(o.shape)} against {list(r.shape)}, {sqnr:.0f} dB): "
                               f"the network's control flow depends on its input or on the batch size.{why} Try dynamo=True; check=False writes the file anyway")
 

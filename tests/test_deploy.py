@@ -321,3 +321,13 @@ def test_machine_is_plain_and_private():
     assert {"cpu", "cores", "flags", "python", "torch", "onnxruntime"} <= set(m)
     assert socket.gethostname() not in text and str(Path.home()) not in text
     assert isinstance(deploy.has_vnni(), bool)
+
+
+class Saturated(nn.Module):
+    "All outputs far below the precision of 32 bits"
+    def forward(self, x): return (x.flatten(1).mean(1) - 40).sigmoid()
+
+
+def test_outputs_that_vanish_are_no_mismatch(tmp_path):
+    path = deploy.export_onnx(Saturated(), tmp_path / "net.onnx", (3, 4, 4))
+    assert abs(deploy.run(path, torch.randn(2, 3, 4, 4).numpy())).max() < 1e-6
