@@ -33,7 +33,7 @@ from mep.store import DamagedError, LockedError, Store
 from mep.train import logits, small_mobilenet, small_resnet, sqnr_db
 
 SHAPE = (3, 24, 24)
-FAST = dict(samples=2**12, steps=2, shares=(.3, .5, .7), progress=False)
+FAST = dict(samples=2**12, steps=2, fit_steps=12, shares=(.3, .5, .7), progress=False)
 
 
 def settled(net, seed=0):
@@ -137,6 +137,40 @@ def test_the_target_is_met_and_the_input_is_left_alone(net, half):
     assert type(new) is type(net) and not new.training
     assert sqnr_db(logits(net, images(32, 1))[0], logits(new, images(32, 1))[0]) > 8
     assert half.report.share <= .5
+
+
+def test_the_check_takes_what_moves_the_outputs_least(net):
+    x, methods = images(), ("spatial_svd", "weight_svd_out", "cp3")
+    facts = compress(net, x, macs=.5, methods=methods, **FAST | dict(fit_steps=8)).report.facts
+    assert {"mixed"} < set(facts["tries"]) <= {"mixed", "corrected", *methods} and facts["taken"] == min(facts["tries"], key=facts["tries"].get)
+    assert "tries" not in compress(net, x, macs=.5, methods=methods, **FAST | dict(fit_steps=8, tries=0)).report.facts
+    assert "tries" not in compress(net, x, macs=.6, methods=methods[:1], **FAST).report.facts # nothing to compare with
+
+
+def test_what_is_tried_alone_uses_one_method(net, monkeypatch):
+    import mep.compress.select as module
+    built, real = [], module.realize
+    monkeypatch.setattr(module, "realize", lambda model, plan, *a, **kw: built.append(plan) or real(model, plan, *a, **kw))
+    report = compress(net, images(), macs=.6, methods=("spatial_svd", "cp3"), **FAST | dict(fit_steps=4)).report
+    used = [{m for m, _ in plan.layers.values()} for plan in built]
+    assert {"spatial_svd"} in used and {"cp3"} in used and built[-1] == report.plan
+    assert all(profile(apply_plan(net, plan), SHAPE).macs <= .6 * profile(net, SHAPE).macs for plan in built)
+
+
+def test_more_steps_fit_better(net):
+    x, want = images(64), logits(net, images(64))[0]
+    a, b = (compress(net, images(), macs=.4, methods=("cp3",), **FAST | dict(fit_steps=n)).model for n in (0, 60))
+    assert sqnr_db(want, logits(b, x)[0]) > sqnr_db(want, logits(a, x)[0])
+
+
+def test_second_moments_that_are_not_quite_positive(net):
+    graph, layers = folded(net, images(2))
+    name = list(layers)[1]
+    f = observe(graph, images(), [name], progress=False)[name]
+    values, vectors = torch.linalg.eigh(f.h[0].double())
+    bad = (vectors * values.clone().index_fill_(0, torch.tensor([0]), -.01 * values.mean().item())) @ vectors.T # as cancellation leaves it
+    t = target_of(layers[name].op, f._replace(h=bad[None].float()), torch.eye(len(layers[name].op.weight)))
+    assert math.isfinite(t.power) and cuts(t, f, "spatial_svd", [4], 3)[0][2] < 1
 
 
 def test_report_prints_every_layer(net, half):

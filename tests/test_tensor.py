@@ -1,4 +1,6 @@
 """Layers cut in three and four: starts, fits, beside tensorly, and whole networks."""
+from functools import partial
+
 import pytest
 import tensorly
 import torch
@@ -9,10 +11,10 @@ from tensorly.decomposition import tensor_train as tensorly_tt
 from torch import nn
 
 from mep.compress.svd import METHODS, centred, compose, layer_macs
-from mep.compress.tensor import cp, hosvd, separable, tensor_train, tt_svd, tucker2
+from mep.compress.tensor import cp, hosvd, separable, tensor_train, tt_svd, tucker2, whole_kernel
 from mep.cost import profile
 
-STARTS = dict(tucker2=hosvd, cp=separable, tensor_train=tt_svd)
+STARTS = dict(tucker2=hosvd, cp=separable, cp3=whole_kernel, tensor_train=tt_svd)
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,11 +62,11 @@ def test_output_space_loses_less_output(name):
     assert errors[1] < .7 * errors[0]
 
 
-@pytest.mark.parametrize("name, layers", [("tucker2", 3), ("cp", 4), ("tensor_train", 4)])
+@pytest.mark.parametrize("name, layers", [("tucker2", 3), ("cp", 4), ("cp3", 3), ("tensor_train", 4)])
 def test_networks(name, layers):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, (3, 5), 2), nn.ReLU(), nn.Conv2d(16, 16, 1)).eval()
-    x, cut = torch.randn(8, 3, 16, 16), dict(tucker2=tucker2, cp=cp, tensor_train=tensor_train)[name]
+    x, cut = torch.randn(8, 3, 16, 16), dict(tucker2=tucker2, cp=cp, cp3=partial(cp, whole=True), tensor_train=tensor_train)[name]
     out = cut(net, macs=.6, data=x)
     assert len(out[2]) == layers and isinstance(out[4], nn.Conv2d) and out(x).shape == net(x).shape
     inside = profile(out, (3, 16, 16))
@@ -91,4 +93,13 @@ def test_refused():
     for name in STARTS:
         assert "1 x 1" in METHODS[name].why_not(nn.Linear(8, 8)) and "1 x 1" in METHODS[name].why_not(nn.Conv2d(8, 8, 1))
     assert METHODS["tucker2"].why_not(nn.Conv2d(16, 16, (1, 3))) is None and "one dimension" in METHODS["cp"].why_not(nn.Conv2d(16, 16, (1, 3)))
+    assert METHODS["cp3"].why_not(nn.Conv2d(16, 16, (1, 3))) is None
     with pytest.raises(ValueError, match="2 integers from 1 to \\(16, 16\\)"): tucker2(nn.Conv2d(16, 16, 3), rank=4)
+
+
+def test_a_whole_kernel_loses_no_more_than_a_cut_one():
+    torch.manual_seed(0)
+    op, diagonal = nn.Conv2d(6, 8, 3), torch.eye(3)
+    op.weight.data = torch.einsum("or,ri,ryx->oiyx", torch.randn(8, 2), torch.randn(2, 6), torch.stack([diagonal, diagonal.flip(0)])) # no kernel of rank 1
+    errors = {n: METHODS[n].bench(op).cuts([2], 50)[0].error for n in ("cp", "cp3")}
+    assert errors["cp3"] < 1e-6 < .1 < errors["cp"]

@@ -152,11 +152,16 @@ def target_of(
     strength:float=1e-4, # How much the old weights count, relative to the mean variance of the inputs
 )->Target:
     "The error of a layer's output, seen from the output of the network"
-    w, h, c = rows(op.weight.detach(), op)[0].double(), f.h[0].double(), f.c[0].double()
-    extra = strength * h.diagonal().mean().clamp(min=1e-12)
+    w, c, (h, extra) = rows(op.weight.detach(), op)[0].double(), f.c[0].double(), _damped(f.h[0].double(), strength)
     root, back = _roots(torch.eye(len(c)).to(c) if g is None else g)
-    t = Target(op, h + extra * torch.eye(len(h)).to(h), root @ (c + extra * w), root, back, 0.)
+    t = Target(op, h, root @ (c + extra * w), root, back, 0.)
     return t._replace(power=max(t.explained if power is None else power, 1e-30))
+
+def _damped(h, strength):
+    "H [.., d, d] plus the multiple of its mean variance that makes it positive definite, `strength` at the least, and what was added"
+    mean, eye = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12), torch.eye(h.shape[-1]).to(h)
+    while strength < 1 and torch.linalg.cholesky_ex(h + strength * mean[..., None, None] * eye).info.any(): strength *= 10
+    return h + strength * mean[..., None, None] * eye, strength * mean
 
 def _roots(g, floor=1e-5):
     "The square root of a matrix and its inverse; no direction counts less than `floor` of the first"
@@ -217,6 +222,13 @@ def cuts(
     if m.best and len(m.parts) == 1: steps = 0 # the start is the answer
     return [(s.rank, *refine(t, m.formula, [x[0] for x in s.factors], steps)) for s in starts]
 
+# %% ../../nbs/compress/24_select.ipynb #11dcbcc3
+def _distance(after, before):
+    "Mean squared change of an output; of logits, of how they differ from each other"
+    change = after - before
+    if change.ndim == 2: change = change - change.mean(1, keepdim=True)
+    return change.square().sum().item() / len(change)
+
 # %% ../../nbs/compress/24_select.ipynb #18be0120
 def felt(
     net:nn.Module, # The `folded` network; the same afterwards
@@ -231,10 +243,9 @@ def felt(
     new.weight = nn.Parameter(w.view_as(op.weight), False)
     if op.bias is not None: new.bias = nn.Parameter(f.bias(w[None]).to(w), False)
     net.set_submodule(name, new)
-    change = logits(net, images)[0] - before
+    after = logits(net, images)[0]
     net.set_submodule(name, op)
-    if change.ndim == 2: change = change - change.mean(1, keepdim=True)
-    return change.square().sum().item() / len(images)
+    return _distance(after, before)
 
 # %% ../../nbs/compress/24_select.ipynb #f1af0b1f
 class Option(NamedTuple):
@@ -257,7 +268,7 @@ def front_of(
 
 # %% ../../nbs/compress/24_select.ipynb #8869d351
 SHARES = (.1, .15, .2, .25, .3, .4, .5, .6, .7, .85)
-DEFAULT_METHODS = ("spatial_svd", "weight_svd_in", "weight_svd_out", "cp", "channel")
+DEFAULT_METHODS = ("spatial_svd", "weight_svd_in", "weight_svd_out", "cp3", "channel")
 KEEP = (.875, .75, .6, .45, .3)
 
 class MacsCost:
@@ -523,8 +534,7 @@ def _moments_of(stop, stays, samples, seed):
 def _least_squares(op, f, strength=1e-4):
     "The best weights of a layer that stays whole [g, r, d]"
     w = rows(op.weight.detach(), op).double()
-    extra = strength * f.h.double().diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)
-    h = f.h.double() + torch.diag_embed(extra[:, None].expand(-1, w.shape[-1]))
+    h, extra = _damped(f.h.double(), strength)
     return torch.cholesky_solve((f.c.double() + extra[:, None, None] * w).mT, torch.linalg.cholesky(h)).mT.to(op.weight)
 
 def _weight(formula, factors): return compose(formula, list(factors)).flatten(1)[None]
@@ -569,7 +579,7 @@ def realize(
     gs:dict, # Layer -> sensitivity, as `sensitivity` finds them for the `folded` network
     layers:Iterable|None=None, # Those that may be fitted anew; None: all
     samples:int=2**15, # Positions looked at for each layer
-    steps:int=20, # Of `refine`
+    steps:int=100, # Of `refine`
     seed:int=0, # Of the positions
     store:Store|None=None, # Where finished layers are kept
     key:str="", # Under which
@@ -637,7 +647,7 @@ def plot_report(
     ax:Axes|None=None, # Where to draw; None: a new figure
 )->Axes:
     "Who got how much: the MACs of each layer, before in grey, and what is left, by method"
-    hues = dict(spatial_svd=COLORS["svd"], weight_svd_in="#56b4e9", weight_svd_out="#0f4c75", tucker2=COLORS["tucker"], cp=COLORS["cp"], tensor_train=COLORS["tt"])
+    hues = dict(spatial_svd=COLORS["svd"], weight_svd_in="#56b4e9", weight_svd_out="#0f4c75", tucker2=COLORS["tucker"], cp=COLORS["cp"], cp3=COLORS["prune"], tensor_train=COLORS["tt"])
     with style():
         ax = ax or plt.subplots()[1]
         at = range(len(report))
@@ -690,6 +700,14 @@ def _cached_options(job, name, layer, f, g):
     found = [_unpack(job.cached(f"score/{name}/{m}", options(m))) for m in job.cutters or [None]]
     return [found[0][0], *(o for options in found for o in options[1:])]
 
+class _Scores(NamedTuple):
+    "What choices are made from"
+    single:dict # Layer -> its options
+    groups:list # (names of layers that are decided together, cost of those that follow, options)
+    whole:float # Cost of all of them, uncut
+    gs:dict # Sensitivities
+    names:list # Layers that are fitted
+
 def _scored(job):
     "The options of all layers and groups, and the sensitivities"
     net, layers = folded(job.model, job.batches[0][:2])
@@ -698,13 +716,23 @@ def _scored(job):
     quads = observe(net, job.batches, list(layers), job.samples, job.seed, job.progress)
     gs = sensitivity(net, job.batches, list(layers), job.probes, job.seed, job.progress)
     single = {n: _cached_options(job, n, free[n], quads[n], gs[n]) for n in tqdm(free, desc="score", disable=not job.progress)}
-    groups, items = list(_groups(net, layers, quads, gs, free, job)) if "channel" in job.methods else [], []
-    for g in tqdm(groups, desc="channels", disable=not job.progress or not groups):
-        name = f"group/{g.group.name}/{'-'.join(job.cutters) or 'channel'}"
-        items.append(_unpack(job.cached(name, lambda: _pack(_group_options(g, net, layers, quads, gs, single, job)))))
-    rest = {n: o for n, o in single.items() if not any(n in g.names for g in groups)}
-    whole = sum(o[0].cost for o in single.values()) + sum(job.cost(layers[n].op, layers[n], [])[0] for g in groups for n in g.group.followers if n in layers)
-    return [*items, *rest.values()], whole, gs, list(layers)
+    found, groups = list(_groups(net, layers, quads, gs, free, job)) if "channel" in job.methods else [], []
+    for g in tqdm(found, desc="channels", disable=not job.progress or not found):
+        follow = sum(job.cost(layers[n].op, layers[n], [])[0] for n in g.group.followers if n in layers)
+        options = job.cached(f"group/{g.group.name}/{'-'.join(job.cutters) or 'channel'}", lambda: _pack(_group_options(g, net, layers, quads, gs, single, job)))
+        groups.append((g.names, follow, _unpack(options)))
+    return _Scores(single, groups, sum(o[0].cost for o in single.values()) + sum(follow for _, follow, _ in groups), gs, list(layers))
+
+def _items(scores, method=None, ratios=None):
+    "One list of options for each layer or group; of one method only; with losses corrected"
+    def fits(o): return method is None or all(m == method for m, _ in o.layers.values())
+    def corrected(o):
+        found = [ratios.get(m, max(ratios.values())) for m, _ in o.layers.values()] if ratios else []
+        return o._replace(loss=o.loss * sum(found) / len(found)) if found else o
+    single = {n: [corrected(o) for o in options if fits(o)] for n, options in scores.single.items()}
+    together = [[o + Option(follow, 0.) for o in _combined(single.pop(n) for n in names)] for names, follow, _ in scores.groups]
+    thinned = [[corrected(o) for o in options if method is None] for *_, options in scores.groups]
+    return [*(front_of([*a, *b]) for a, b in zip(together, thinned)), *single.values()]
 
 # %% ../../nbs/compress/24_select.ipynb #09ef209d
 def _chain_file(layers, hw, path):
@@ -756,9 +784,11 @@ def _plan(job, options):
     layers = {n: c for o in options for n, c in o.layers.items()}
     return Plan(job.shape, layers, {n: c for o in options for n, c in o.channels.items()})
 
+def _least(items): return sum(min(o.cost for o in options) for options in items)
+
 def _within(job, items, budget, whole):
     "The best choice within a budget, or the cheapest if that is allowed"
-    least = sum(min(o.cost for o in options) for options in items)
+    least = _least(items)
     if least <= budget: return knapsack(items, budget)
     text = f"{job.asked} can't be reached: with the methods {', '.join(job.methods)} the least is {(least + job.total - whole) / job.total:.3f}"
     if not job.allow_closest: raise ValueError(f"{text}. Ask for that, give more methods, or set allow_closest=True")
@@ -768,7 +798,7 @@ def _within(job, items, budget, whole):
 # %% ../../nbs/compress/24_select.ipynb #ab3c4854
 def _by_latency(job, items, whole):
     "Choices for one budget after the other, until the whole network, measured, has the latency asked for; the closest one"
-    least = sum(min(o.cost for o in options) for options in items) / whole
+    least = _least(items) / whole
     share, low, high, tried = job.target, (0., 0.), (1., 1.), [] # share of the time of all layers; (share, latency) on both sides
     for _ in range(6):
         chosen = _within(job, items, share * whole, whole)
@@ -784,24 +814,56 @@ def _by_latency(job, items, whole):
         raise ValueError(f"{job.asked} can't be reached: the closest of {len(tried)} measured networks has {job.facts['latency']:.3f}. Ask for that, give more methods, or set allow_closest=True")
     return chosen
 
-# %% ../../nbs/compress/24_select.ipynb #500eddf3
+# %% ../../nbs/compress/24_select.ipynb #6a8ddd27
 def _by_knapsack(job):
-    "Our way: predicted losses, chosen exactly"
-    items, whole, gs, names = _scored(job)
-    job.total = float(job.macs_before) if job.latency is None else whole
-    chosen = _within(job, items, job.target * job.total - (job.total - whole), whole) if job.latency is None else _by_latency(job, items, whole)
+    "Our way: predicted losses, chosen exactly, and checked"
+    scores = _scored(job)
+    job.total = float(job.macs_before) if job.latency is None else scores.whole
+    budget = job.target * job.total - (job.total - scores.whole)
+    mixed = _items(scores)
+    chosen = _within(job, mixed, budget, scores.whole) if job.latency is None else _by_latency(job, mixed, scores.whole)
+    if job.tries and job.refit and job.latency is None: chosen = _checked(job, scores, budget, chosen)
     job.facts["predicted loss"] = sum(o.loss for o in chosen)
-    return _plan(job, chosen), gs, names
+    return _plan(job, chosen), scores.gs, scores.names
+
+def _checked(job, scores, budget, mixed):
+    "Of several choices, built, the one that moves the outputs least on images that it has not seen"
+    held, seen = _held_out(job)
+    singles = {m: knapsack(_items(scores, m), budget) for m in job.cutters if len(job.methods) > 1 and _least(_items(scores, m)) <= budget}
+    best = sorted(singles, key=lambda m: sum(o.loss for o in singles[m]))[:job.tries]
+    if not best: return mixed
+    tried, moved = {"mixed": mixed} | {m: singles[m] for m in best}, _moves(job, scores, held, seen)
+    found = {name: moved(chosen) for name, chosen in tried.items()}
+    ratios = {m: found[m] / max(sum(o.loss for o in singles[m]), 1e-30) for m in best}
+    again = knapsack(_items(scores, None, ratios), budget)
+    if _plan(job, again) not in [_plan(job, c) for c in tried.values()]: tried["corrected"], found["corrected"] = again, moved(again)
+    job.facts |= {"tries": found, "taken": min(found, key=found.get), "evaluations": len(found)}
+    return tried[job.facts["taken"]]
 
 def _by_share(job):
     "The same share of the MACs in every layer: what is wasteful"
     job.methods, job.shares, job.steps, job.key = job.cutters, tuple(i / 50 for i in range(1, 50)), 0, f"{job.key}/uniform"
-    items, whole, gs, names = _scored(job)
-    budget = job.target * job.macs_before - (job.macs_before - whole)
+    scores = _scored(job)
+    items, budget = _items(scores), job.target * job.macs_before - (job.macs_before - scores.whole)
     def at(share): return [min((o for o in options if o.cost <= share * options[0].cost), key=lambda o: o.loss, default=options[0]) for options in items]
     low, high = 0., 1.
     for _ in range(30): low, high = ((low + high) / 2, high) if _total(at((low + high) / 2)) <= budget else (low, (low + high) / 2)
-    return _plan(job, at(low)), gs, names
+    return _plan(job, at(low)), scores.gs, scores.names
+
+# %% ../../nbs/compress/24_select.ipynb #f029694e
+def _held_out(job):
+    "A quarter of the images to look at, the others to fit to"
+    images = torch.cat(job.batches)
+    n = max(1, len(images) // 4)
+    return images[:n], images[n:].split(len(job.batches[0]))
+
+def _moves(job, scores, held, seen):
+    "A function: a choice -> mean squared change of the network's output, fitted in few steps"
+    answers = logits(job.model, held)[0]
+    def change(chosen):
+        new, _ = realize(job.model, _plan(job, chosen), seen, scores.gs, scores.names, job.samples // 2, job.fit_steps // 4, job.seed, progress=job.progress)
+        return _distance(logits(new, held)[0], answers)
+    return lambda chosen: job.cached(f"try{job.fit_steps}/{content_hash(_plan(job, chosen).to_dict())[:16]}", lambda: change(chosen))
 
 # %% ../../nbs/compress/24_select.ipynb #d3b6049e
 def greedy(
@@ -900,7 +962,9 @@ def compress(
     evaluate:Callable|None=None, # For "greedy": network -> score; None: share of answers that are the original's
     samples:int=2**15, # Positions looked at for each layer
     probes:int=2, # Of `sensitivity`
-    steps:int=8, # Of `refine`, for candidates; those that are chosen get 20
+    steps:int=8, # Of `refine`, for candidates
+    fit_steps:int=100, # The same for what was chosen
+    tries:int=2, # Single methods that are built to compare with; 0: nothing is compared
     shares:Iterable=SHARES, # Of a layer's MACs, at which each method is tried
     threads:int=1, # Of onnxruntime, for `latency`
     seed:int=0, # Of all random choices
@@ -929,8 +993,8 @@ def _fitted(job, plan, gs, names):
     if not gs:
         net, layers = folded(job.model, job.batches[0][:2])
         gs = sensitivity(net, job.batches, list(layers), job.probes, job.seed, job.progress)
-    key = f"{job.key}/fit/{content_hash(plan.to_dict())[:16]}"
-    return realize(job.model, plan, job.batches, gs, names, job.samples, 20, job.seed, job.store, key, job.progress)
+    key = f"{job.key}/fit{job.fit_steps}/{content_hash(plan.to_dict())[:16]}"
+    return realize(job.model, plan, job.batches, gs, names, job.samples, job.fit_steps, job.seed, job.store, key, job.progress)
 
 def _prepare(model, data, options):
     "Everything checked before the work begins"
@@ -942,6 +1006,6 @@ def _prepare(model, data, options):
     job.multiple = job.multiple or (1 if job.latency is None else 8)
     job.cost = MacsCost() if job.latency is None else MsCost(job.threads)
     job.store = job.checkpoint if isinstance(job.checkpoint, Store) or job.checkpoint is None else Store(job.checkpoint)
-    named = {k: v for k, v in options.items() if k not in ("macs", "methods", "select", "refit", "evaluate", "checkpoint", "progress", "allow_closest", "epochs")}
+    named = {k: v for k, v in options.items() if k not in ("macs", "methods", "select", "refit", "evaluate", "checkpoint", "progress", "allow_closest", "epochs", "fit_steps", "tries")}
     job.key = content_hash(dict(named, state=dict(model.state_dict()), images=job.batches))[:16] if job.store else ""
     return job
