@@ -15,6 +15,7 @@ from PIL import Image
 
 from mep.data import load
 from mep.deploy import optimized_ops, run
+from mep.nas.search import Front
 from mep.pipeline.cli import COMMANDS, EXAMPLES, main, parser
 from mep.pipeline.core import Config
 from mep.store import Store
@@ -219,6 +220,40 @@ def test_compress_then_quantize(tmp_path, capsys):
     quantized = json.loads(capsys.readouterr().out)["nets"]
     assert quantized["INT8"]["macs"] == nets["compressed"]["macs"] and quantized["FP32"]["accuracy"] == pytest.approx(nets["compressed"]["accuracy"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.pth", "half.onnx", "half.safetensors", "q.onnx"]
+
+
+def test_search_makes_fronts_and_files(tmp_path, capsys):
+    digits_net(tmp_path)
+    (tmp_path / "s.json").write_text('{"Phone": {}, "server": {"threads": 2, "precision": "int8"}}')
+    words = (f"search --model small_resnet --weights {tmp_path}/digits.pth --data digits --n-train 256 --n-test 100 --n-latency 3 --networks 5 --tune 1 --finetune 2 "
+             f"--scenarios {tmp_path}/s.json --out {tmp_path}/out --quiet").split()
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "phone 1" in out and "phone 2" in out and "accuracy, as predicted" in out and "server (2 threads, INT8)" in out and "report.html" in out
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"phone.json", "server.json", "phone-1.onnx", "phone-2.onnx", "fp32.onnx", "report.html", "results.json", "library"} <= files
+    found = Front.load(tmp_path / "out" / "phone.json")
+    assert main(words) == 0  # goes on: nothing is left to do
+    assert Front.load(tmp_path / "out" / "phone.json").points == found.points
+    x = torch.randn(3, 1, 8, 8)
+    assert run(tmp_path / "out" / "phone-1.onnx", x).shape == (3, 10)
+
+
+def test_search_refuses_anothers_library(tmp_path, capsys):
+    digits_net(tmp_path)
+    words = f"search --model small_resnet --weights {tmp_path}/digits.pth --data digits --n-train 256 --n-test 100 --n-latency 3 --networks 5 --tune 1 --library {tmp_path}/blocks --quiet".split()
+    assert main([*words, "--out", f"{tmp_path}/a"]) == 0
+    torch.save(small_resnet(10, 1, seed=1).state_dict(), tmp_path / "digits.pth")
+    capsys.readouterr()
+    assert main([*words, "--out", f"{tmp_path}/b"]) == 2
+    assert "the library blocks was made for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scenarios, says", [("{", "no JSON file"), ('{"a": {"thread": 4}}', "did you mean 'threads'"), ('{"a": {"threads": 0}}', "threads=0")])
+def test_search_names_what_is_wrong_with_scenarios(tmp_path, scenarios, says, capsys):
+    (tmp_path / "s.json").write_text(scenarios)
+    assert main(["search", "--data", "digits", "--scenarios", str(tmp_path / "s.json"), "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -2,6 +2,7 @@
 import inspect
 import json
 import os
+import pickle
 import shlex
 import subprocess
 import sys
@@ -45,7 +46,7 @@ from mep.quant.sim import load_quantized, save_quantized
 from mep.store import DamagedError, LockedError, Store
 from mep.train import accuracy, recalibrate_bn
 
-NAMES = [s.__name__ for s in STAGES if s.__name__ not in ("compress", "early_exit")]  # which do nothing unless asked to
+NAMES = [s.__name__ for s in STAGES if s.__name__ not in ("search", "compress", "early_exit")]  # which do nothing unless asked to
 TINY = Config(data="digits", epochs=1, n_train=256, n_test=100, n_calib=32, n_latency=5)
 
 
@@ -283,6 +284,61 @@ def test_files_without_labels_are_compared_with_the_first(finished):
     assert set(measure_files(files, None, (1, 8, 8), n=3)["int8"]) >= {"ms", "speedup"}
 
 
+# ---- search
+
+
+QUICK = replace(TINY, search=0.8, n_search=5, finetune=1)
+
+
+def test_searched_then_quantized(tmp_path):
+    config = replace(QUICK, out=str(tmp_path))
+    report = run(config, progress=False)
+    assert list(report.nets) == ["FP32", "searched", "INT8"] and stages(report)[2] == "search"
+    row = report.nets["searched"]
+    assert row["macs"] < report.nets["FP32"]["macs"] and report.nets["INT8"]["macs"] == row["macs"]
+    assert 0 < row["predicted"] < 1 and row["predicted_ms"] > 0 and row["accuracy"] == pytest.approx(row["simulated"], abs=0.02)
+    assert "accuracy, as predicted" in str(report) and any(n.startswith("searched: ") and "5 were trained" in n for n in report.notes)
+    assert not list((tmp_path / "searching").glob("*"))
+    again = run(config, progress=False)
+    assert reused(again) == ["reference", "search", "quantize", "export", "measure"] and again.nets == report.nets
+    four = run(replace(config, w_bits=4, method="nearest"), progress=False)  # puts the network together again from its record
+    assert reused(four) == ["reference", "search"] and four.nets["searched"]["simulated"] == row["simulated"]
+    assert reused(run(replace(config, search=None), progress=False)) == ["reference"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_killed_while_searching_and_resumed(tmp_path):
+    config = replace(QUICK, out=str(tmp_path), until="search")
+    died = subprocess.run([sys.executable, "-c", KILLED.format(stage="search", after=False, config=asdict(config))], capture_output=True, text=True, timeout=300)
+    assert died.returncode == -9, died.stderr
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "searching").rglob("*.safetensors")}
+    assert len([p for p in kept if "networks" in p.parts]) == 5  # library and networks are there, the record is not
+    assert reused(run(config, progress=False)) == ["reference"] and not list((tmp_path / "searching").glob("*"))
+
+
+def test_a_search_among_some_of_the_networks_classes(tmp_path):
+    torch.save(build_network("small_resnet", 12, (1, 8, 8)).state_dict(), tmp_path / "twelve.pth")
+    config = replace(QUICK, weights=str(tmp_path / "twelve.pth"), epochs=None, class_index=tuple(range(2, 12)), until="search", out=str(tmp_path / "run"))
+    assert list(run(config, progress=False).nets) == ["FP32", "searched"]
+
+
+def test_relabelled_images_have_the_networks_labels():
+    data = relabel(load("digits", n_train=64, n_test=50), list(range(5, 15)))
+    plain = load("digits", n_train=64, n_test=50)
+    at = torch.arange(10)
+    assert torch.equal(data.train.dataset[at][1], plain.train.dataset[at][1] + 5) and data.train.sampler.batch_size == 128
+    assert torch.equal(pickle.loads(pickle.dumps(data)).test.dataset[at][1], plain.test.dataset[at][1] + 5)
+
+
+@pytest.mark.parametrize("change, says", [(dict(search=0), "search=0: give the share of the latency"), (dict(search=1.5), "search=1.5"), (dict(search=0.5, n_search=0), "n_search=0"), (dict(search=0.5, finetune=0), "needs training")])
+def test_searches_that_cannot_be(change, says):
+    with pytest.raises(ValueError, match=says): check_config(Config(**change))
+
+
+def test_a_search_that_is_asked_too_much(tmp_path):
+    with pytest.raises(ValueError, match="can't be met: the cheapest architecture"): run(replace(QUICK, search=0.001, out=str(tmp_path)), progress=False)
+
+
 # ---- compression
 
 
@@ -346,7 +402,7 @@ def test_exits_after_nothing(finished):
 # ---- options
 
 
-@given(st.builds(Config, w_bits=st.integers(2, 8), a_bits=st.integers(2, 8), per_channel=st.none() | st.booleans(), method=st.none() | st.sampled_from(["dfq", "nearest,adaround"]), compress=st.none() | st.sampled_from([0.25, 0.5]), seed=st.integers(0, 9), n_train=st.none() | st.integers(1, 9),
+@given(st.builds(Config, w_bits=st.integers(2, 8), a_bits=st.integers(2, 8), per_channel=st.none() | st.booleans(), method=st.none() | st.sampled_from(["dfq", "nearest,adaround"]), compress=st.none() | st.sampled_from([0.25, 0.5]), search=st.none() | st.sampled_from([0.4, 0.75]), seed=st.integers(0, 9), n_train=st.none() | st.integers(1, 9),
                  mean=st.none() | st.tuples(st.floats(0, 1)), class_index=st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)), out=st.text(st.characters(codec="ascii", categories=["L", "Zs"]), min_size=1)))
 def test_a_config_survives_json_and_the_shell(config):
     assert config_from(json.loads(json.dumps(asdict(config)))) == config

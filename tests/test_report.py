@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mep.pipeline.report import Report, accuracy_se, change, headline, html, read, si, table, text, write
+from mep.pipeline.report import Report, accuracy_se, change, figure_fronts, headline, html, read, si, table, text, write
 from mep.plot import INK, PAPER, SOFT
 
 
@@ -100,6 +100,15 @@ def test_layers_of_several_networks_stand_side_by_side():
     page = tree(html(report(layers=layers)))
     rows = {r[0].text: [d.text for d in r[1:]] for r in page.find(".//details").iter("tr")}
     assert rows == {"layer": ["INT8: SQNR at the output (dB)", "INT8 dfq: SQNR at the output (dB)"], "conv1": ["41.0", "51.5"], "fc": ["44.0", "–"], "add": ["–", "60.0"]}
+
+
+def test_a_searchs_fronts_are_drawn_and_its_foretelling_is_told(tmp_path):
+    r = report(nets={"FP32": net(), "searched": INT8 | dict(predicted=0.9, predicted_ms=0.9)}, fronts={"1 thread": [(0.4, 0.5), (1.0, 0.6)], "a<b": [(0.3, 0.4)]})
+    assert len(tree(html(r)).findall(".//{http://www.w3.org/2000/svg}svg")) == 3
+    assert "accuracy, as predicted" in text(r) and "90.0 %" in text(r) and "0.9 ms" in text(r)
+    write(r, tmp_path)
+    assert html(read(tmp_path)) == html(r)
+    assert figure_fronts(report()) is None
 
 
 def test_slower_is_called_slower():

@@ -61,7 +61,7 @@ def stored(path):
     for i, cell in enumerate(cells):
         for out in cell.get("outputs", []):
             data = out.get("data", {})
-            text = "".join(out.get("text", "")) + "".join("".join(data.get(k, "")) for k in ("text/plain", "text/html", "text/markdown"))
+            text = "\n".join("".join(t) for t in (out.get("text", ""), *(data.get(k, "") for k in ("text/plain", "text/html", "text/markdown"))))
             if out.get("output_type") == "error":
                 yield f"{name}, cell {i}: stores an error; run the notebook top to bottom"
             if out.get("name") == "stderr":

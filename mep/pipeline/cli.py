@@ -64,6 +64,19 @@ def _compress(a):
     net, data = open_network(config)
     _print(shrink(net, a.output, data, a.macs, a.finetune, a.weights_out, **{k: getattr(config, k) for k in _SHRINK}, progress=not a.quiet), a.json)
 
+def _search(a):
+    "Search for quicker networks: a library of blocks, a predictor, a front for each scenario. Goes on where it was interrupted."
+    from mep.nas.search import load_scenarios
+    from mep.pipeline.convert import open_network
+    from mep.pipeline.core import open_data
+    from mep.pipeline.search import explore
+    config, scenarios = _config(a, data="shapes"), load_scenarios(a.scenarios) if a.scenarios else None
+    if {"model", "weights"} & vars(a).keys(): net, data = open_network(config)
+    else: net, data = None, open_data(config.data, config.resize, config.batch, **{k: getattr(config, k) for k in _DATA})
+    report = explore(data, a.out, net, scenarios, a.library, a.networks, config.epochs or 10, a.tune, a.finetune, n_latency=config.n_latency, n_jobs=_cpus(), seed=config.seed, progress=not a.quiet)
+    print(f"\n{report}\n\nReport: {Path(report.folder)/'report.html'}")
+
+_DATA = "root n_train n_test size mean std seed".split()
 _OPEN = "model weights data root n_train n_test size resize mean std class_index batch".split()
 _CONVERT = "method w_bits a_bits per_channel n_calib threads n_latency seed".split()
 _SHRINK = "threads n_latency seed".split()
@@ -71,7 +84,7 @@ _SHRINK = "threads n_latency seed".split()
 def _config(a, **defaults):
     "The options that a command shares with a run."
     from mep.pipeline.core import Config, check_config
-    return check_config(Config(**dict(data=None) | defaults | {k: v for k, v in vars(a).items() if k in Config.__dataclass_fields__}, out=None))
+    return check_config(Config(**dict(data=None) | defaults | {k: v for k, v in vars(a).items() if k in Config.__dataclass_fields__} | dict(out=None)))
 
 def _print(report, as_json):
     from dataclasses import asdict
@@ -129,6 +142,9 @@ EXAMPLES = """examples:
   mep run --config runs/fashion/config.json --w-bits 4     the same run with other options: only what changes is computed
   mep run --w-bits 4 --method nearest,adaround        two methods in one report
   mep run --compress 0.5                              half of the MACs, then INT8
+  mep run --search 0.6                                a network that takes 60 % of the time, found by search, then INT8
+  mep search --data shapes --scenarios scenarios.json --finetune 3     a front for each scenario, and three networks as files
+  mep search --model torchvision:resnet18 --weights resnet18.pth --data imagenette --out runs/found
   mep quantize --model torchvision:resnet18 --weights resnet18.pth --data imagenette --bits 4 -o resnet18_w4.onnx
   mep quantize --model torchvision:mobilenet_v2 --weights mobilenet_v2.pth --input 3,224,224 -o int8.onnx     without any data
   mep compress --model torchvision:resnet18 --weights resnet18.pth --data imagenette --macs 0.5 -o half.onnx --weights-out half.safetensors
@@ -165,6 +181,17 @@ def _compress_options(p):
     p.add_argument("--weights-out", metavar="FILE", help="keep the weights, too: .safetensors, for `mep quantize --weights`")
     _file_options(p, *_OPEN, *_SHRINK)
 
+def _search_options(p):
+    p.add_argument("--scenarios", metavar="FILE", help='JSON: name -> {"threads": 4, "precision": "int8", "batch": 1, "resolution": 64, "level": "all"}, each as needed (default: one thread)')
+    p.add_argument("--library", metavar="FOLDER", help="folder of the trained blocks (default: library in the folder of the search)")
+    p.add_argument("--networks", type=int, default=40, metavar="N", help="networks to train for the predictor (default: 40)")
+    p.add_argument("--tune", type=int, default=3, metavar="EPOCHS", help="epochs of training of each network (default: 3)")
+    p.add_argument("--finetune", type=int, default=0, metavar="N", help="networks of the first scenario's front to train, export and measure (default: 0)")
+    p.add_argument("--out", default="runs/search", metavar="FOLDER", help="folder of the search; it resumes from here (default: runs/search)")
+    from mep.pipeline.core import Config
+    add_options(p, Config, [*_OPEN, "epochs", "n_latency", "seed"], dict(model="network to begin with, cut into parts, as in `mep run` (default: the book's own space)", epochs="epochs of training of the reference, where no network is given (default: 10)"))
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+
 def _profile_options(p):
     p.add_argument("model", help="small_resnet, small_mobilenet, torchvision:NAME or FILE.py:FUNCTION")
     p.add_argument("--weights", metavar="FILE", help=".safetensors or a torch state dict: sets the number of outputs")
@@ -183,7 +210,7 @@ def _latency_options(p):
 def _report_options(p): p.add_argument("folder", help="folder of the run")
 
 # %% ../../nbs/pipeline/92_cli.ipynb #bcffc135
-COMMANDS = dict(run=(_run, _run_options), quantize=(_quantize, _quantize_options), compress=(_compress, _compress_options), profile=(_profile, _profile_options), latency=(_latency, _latency_options),
+COMMANDS = dict(run=(_run, _run_options), quantize=(_quantize, _quantize_options), compress=(_compress, _compress_options), search=(_search, _search_options), profile=(_profile, _profile_options), latency=(_latency, _latency_options),
                 report=(_report, _report_options), data=(_data, None), version=(_version, None))
 
 # %% ../../nbs/pipeline/92_cli.ipynb #439a27a2
@@ -233,7 +260,7 @@ def _failed(e, command, argv):
     "Tell the user, and return the exit status."
     if isinstance(e, BrokenPipeError): os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141 # the reader of a pipe went away
     if isinstance(e, KeyboardInterrupt):
-        again = f" What is finished is kept; go on with: {shlex.join(['mep', *argv])}" if command in ("run", "quantize", "compress") else ""
+        again = f" What is finished is kept; go on with: {shlex.join(['mep', *argv])}" if command in ("run", "quantize", "compress", "search") else ""
         print(f"\nInterrupted.{again}", file=sys.stderr); return 130
     if not isinstance(e, Exception): raise e
     known = isinstance(e, (ValueError, TypeError, OSError, RuntimeError))

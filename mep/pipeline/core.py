@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['METHODS', 'STAGES', 'Config', 'config_from', 'choose_methods', 'check_config', 'Net', 'State', 'open_data',
            'load_data', 'build_network', 'load_weights', 'fill', 'restore_network', 'outputs_of', 'find_classes',
-           'relabel', 'is_numbered', 'count_outputs', 'reference', 'compress', 'compression_notes', 'quantize_by',
-           'quantization_notes', 'cost_facts', 'quantize', 'row_name', 'how', 'export', 'check_facts', 'measure_files',
-           'measure', 'early_exit', 'choose_stages', 'run', 'writable_folder', 'command']
+           'relabel', 'is_numbered', 'count_outputs', 'reference', 'search', 'search_note', 'compress',
+           'compression_notes', 'quantize_by', 'quantization_notes', 'cost_facts', 'quantize', 'row_name', 'how',
+           'export', 'check_facts', 'measure_files', 'measure', 'early_exit', 'choose_stages', 'run', 'writable_folder',
+           'command']
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #aa1449d2
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -40,6 +42,10 @@ from ..conditional.early_exit import Cascade, EarlyExit, calibrate, exit_table, 
 from ..cost import profile
 from ..data import Data, calibration, load
 from ..deploy import as_model, export_onnx, file_size, latencies, machine
+from ..nas.bkd import BlockLibrary
+from ..nas.finetune import finetune as finetune_network, learn_accuracy, lighter_space, measured_front
+from ..nas.search import Deployment, Point
+from ..nas.space import Arch
 from .report import Report, accuracy_se, change, write
 from ..quant.adaround import adaround
 from ..quant.dfq import dfq, prepare
@@ -68,8 +74,10 @@ class Config:
     class_index: tuple = _opt(None, "which output of the network each class of the data is, as 0,217,482 (default: found by name)")
     epochs: int = _opt(None, "epochs of training (default: 10, or none when weights are given)")
     batch: int = _opt(128, "images per batch")
+    search: float = _opt(None, "share of the network's latency to stay within, as 0.6: a search puts a quicker network together (default: no search)")
+    n_search: int = _opt(10, "networks that the search trains to learn which blocks matter")
     compress: float = _opt(None, "share of the MACs to keep, as 0.5 (default: the network stays as it is)")
-    finetune: int = _opt(3, "epochs of training after compression, with the reference as the teacher")
+    finetune: int = _opt(3, "epochs of training after search and compression, with the network they began with as the teacher")
     w_bits: int = _opt(8, "bits of the weights, 2 to 8")
     a_bits: int = _opt(8, "bits of the activations, 2 to 8")
     method: str = _opt(None, "how weights are rounded: nearest, dfq or adaround, or several with commas (default: nearest at 8 bits, adaround below)")
@@ -96,7 +104,7 @@ def config_from(d:dict, # Options by name, as read from JSON
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #ae96aefc
-_RANGES = dict(n_train=(1, None), n_test=(1, None), size=(1, None), resize=(1, None), epochs=(0, None), finetune=(0, None), exit_epochs=(1, None), batch=(1, None), w_bits=(2, 8), a_bits=(2, 8),
+_RANGES = dict(n_search=(1, None), n_train=(1, None), n_test=(1, None), size=(1, None), resize=(1, None), epochs=(0, None), finetune=(0, None), exit_epochs=(1, None), batch=(1, None), w_bits=(2, 8), a_bits=(2, 8),
                n_calib=(0, None), threads=(1, None), n_latency=(2, None))
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #9b2d09f4
@@ -121,6 +129,8 @@ def check_config(config:Config, # What to check
         if v is None and Config.__dataclass_fields__[name].default is None: continue
         if isinstance(v, bool) or not isinstance(v, int) or v < lo or (hi and v > hi):
             raise ValueError(f"{name}={v!r}: give a whole number {f'from {lo} to {hi}' if hi else f'of at least {lo}'}")
+    if config.search is not None and not 0 < config.search < 1: raise ValueError(f"search={config.search!r}: give the share of the latency to stay within, above 0 and below 1")
+    if config.search is not None and not config.finetune: raise ValueError("finetune=0, but a network that was searched is put together from parts and needs training: give at least one epoch")
     if config.compress is not None and not 0 < config.compress < 1: raise ValueError(f"compress={config.compress!r}: give the share of the MACs to keep, above 0 and below 1")
     if not 0 < config.exit_loss < 1: raise ValueError(f"exit_loss={config.exit_loss!r}: give a share of the answers, above 0 and below 1")
     seeing = [m for m in choose_methods(config.method, config.w_bits) if m != "dfq"]
@@ -359,7 +369,10 @@ class _Relabelled:
     def __init__(self, loader, index): self.loader, self.index = loader, torch.tensor(index)
     def __iter__(self): return ((x, self.index[y]) for x, y in self.loader)
     def __len__(self): return len(self.loader)
-    def __getattr__(self, name): return getattr(self.loader, name)
+    @property
+    def dataset(self): images = copy.copy(self.loader.dataset); images.labels = self.index[images.labels]; return images
+    @property
+    def sampler(self): return self.loader.sampler
 
 def relabel(data:Data, # What `load` gave
     index:list, # Output of each class; None: they are the same
@@ -413,13 +426,47 @@ def _checkpoint(state): return state.folder/"training"/f"{state.key}.safetensors
 
 def _class_note(index, n): return [f"The network chooses among {n} classes, the data has {len(index)} of them: any other answer counts as wrong."] if index else []
 
+# %% ../../nbs/pipeline/90_pipeline.ipynb #584bc535
+def search(state:State, # The run
+    *, search:float, # Share of the network's latency to stay within; None: no search
+    n_search:int, # Networks to train for the predictor
+    finetune:int, # Epochs of training, for these and for the one that is found
+    threads:int, # Threads of onnxruntime while timing
+    seed:int, # Of all random choices
+):
+    "Stage 3: a quicker network, put together from the network's parts and lighter ones, if that is asked for."
+    if search is None: return
+    source, folder = state.net, state.folder/"searching"/state.key
+    parts = cache(lambda: lighter_space(source.module, calibration(state.data, min(64, len(state.data.train.dataset)))))
+    def compute():
+        how = dict(n_jobs=torch.get_num_threads(), seed=seed, progress=state.progress)
+        library = BlockLibrary(folder, *parts()).train(state.data, n_images=min(4000, len(state.data.train.dataset)), **how)
+        predictor = learn_accuracy(library, state.data, n_search, epochs=finetune, lr=.02, **how)
+        front, table, ms = measured_front(library.space, predictor, Deployment(threads=threads), search)
+        best = front.at(search * ms)
+        net = finetune_network(best.arch, library, state.data, finetune, lr=.02, checkpoint=folder/"finetune.safetensors", seed=seed, progress=state.progress).model
+        facts = dict(simulated=accuracy(net, state.data.test), predicted=best.accuracy, predicted_ms=float(table([best.arch])[0]))
+        return net.state_dict(), dict(arch=best.arch.to_json(), notes=[search_note(library, n_search, best)], nets=dict(searched=cost_facts(net, state.data.input_shape) | facts))
+    saved = state.once(compute)
+    shutil.rmtree(folder, ignore_errors=True)
+    state.add(Net("searched", lambda: fill(parts()[0].build(Arch.from_json(saved.meta["record"]["arch"])), saved.tensors)))
+
+# %% ../../nbs/pipeline/90_pipeline.ipynb #6b1f0bc2
+def search_note(library:BlockLibrary, # That was searched
+    n:int, # Networks that were trained
+    best:Point, # What was found
+) -> str:
+    "How a network was found, in a sentence."
+    space, blocks = library.space, sum(len(p.options) for p in library.space.blocks)
+    return f"searched: {best.arch}. One of {space.size:,} networks of {blocks} blocks; {min(n, space.size)} were trained for the prediction."
+
 # %% ../../nbs/pipeline/90_pipeline.ipynb #bae65476
 def compress(state:State, # The run
     *, compress:float, # Share of the MACs to keep; None: all
     finetune:int, # Epochs of training afterwards
     seed:int, # Of all random choices
 ):
-    "Stage 3: a network with fewer MACs, if that is asked for."
+    "Stage 4: a network with fewer MACs, if that is asked for."
     if compress is None: return
     source, parts = state.net, state.folder/"compressing"/state.key
     def compute():
@@ -493,7 +540,7 @@ def quantize(state:State, # The run
     n_calib:int, # Images that set the ranges
     seed:int, # Which images
 ):
-    "Stage 4: quantize the float network in simulation, by each method."
+    "Stage 5: quantize the float network in simulation, by each method."
     source, images = state.net, cache(lambda: calibration(state.data, n_calib, seed) if n_calib else None)
     for m in choose_methods(method, w_bits):
         state.part(method=m)
@@ -539,7 +586,7 @@ def _alone(net, q, x, progress):
 # %% ../../nbs/pipeline/90_pipeline.ipynb #3a542b6b
 def export(state:State, # The run
 ):
-    "Stage 5: write each network as ONNX."
+    "Stage 6: write each network as ONNX."
     def compute():
         files, facts, meta = {}, {}, dict(classes=state.data.classes, preprocessing=state.data.preprocessing)
         for net in state.nets.values():
@@ -598,7 +645,7 @@ def measure(state:State, # The run
     *, threads:int, # Threads of onnxruntime
     n_latency:int, # Timings of each network
 ):
-    "Stage 6: accuracy and latency of each file."
+    "Stage 7: accuracy and latency of each file."
     def compute():
         nets = measure_files({name: _file(state, name) for name in state.nets}, state.data.test, state.data.input_shape, threads, n_latency)
         return {}, dict(nets=nets, machine=machine() | dict(mep=mep.__version__, threads=threads))
@@ -612,7 +659,7 @@ def early_exit(state:State, # The run
     threads:int, # Threads of onnxruntime while timing
     seed:int, # Of the exits' first weights and the batches
 ):
-    "Stage 7: early exits on the float network, if they are asked for."
+    "Stage 8: early exits on the float network, if they are asked for."
     if exits is None: return
     source, folder, parts = state.net, state.folder/"early-exit", state.folder/"training"/f"{state.key}.safetensors"
     def compute():
@@ -640,7 +687,7 @@ def _leaving(state, name, cascade, exits):
     return dict(nets=nets, notes=[f"early exit, on {name}: of the test images {leave} leave, and {100*shares[-1]:.0f} % stay to the end; MACs are a mean."])
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #e7d95444
-STAGES = [load_data, reference, compress, quantize, export, measure, early_exit]
+STAGES = [load_data, reference, search, compress, quantize, export, measure, early_exit]
 
 def choose_stages(until:str=None, # Name of the last stage to run; None: all
 ) -> list: # Functions, in order

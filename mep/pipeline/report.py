@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'FIGURES', 'accuracy_se', 'change', 'Report', 'si', 'table', 'headline', 'text', 'figure_pareto',
-           'figure_layers', 'inline_svg', 'html', 'write', 'read']
+           'figure_layers', 'figure_fronts', 'inline_svg', 'html', 'write', 'read']
 
 # %% ../../nbs/pipeline/91_report.ipynb #6154e3f5
 import json
@@ -50,6 +50,7 @@ class Report:
     stages: list = field(default_factory=list) # Name, seconds, reused
     environment: dict = field(default_factory=dict)
     folder: str = None # Where it was written
+    fronts: dict = field(default_factory=dict) # Of a search: scenario -> [(milliseconds, predicted accuracy), ...]
 
     def __repr__(self): return text(self)
     def _repr_html_(self): return f"<style>{_CSS_TABLE}</style><div class='mep'>{_nets_table(self)}</div>"
@@ -76,6 +77,7 @@ ROWS = [ # label, number -> text, how it was measured
     ("agrees with FP32", lambda r: f"{100*r['agreement']:.1f} %", "Share of the test images with the same answer as FP32."),
     ("logits, SQNR", lambda r: f"{r['sqnr_db']:.1f} dB", "Power of FP32's logits over the power of the difference."),
     ("accuracy in PyTorch", lambda r: f"{100*r['simulated']:.2f} %", "The same network in PyTorch, its integers simulated."),
+    ("accuracy, as predicted", lambda r: f"{100*r['predicted']:.1f} %", "By the search, before the network was trained; of the validation images."),
     ("rounding", lambda r: r["method"], "How the weights got their integers, and what shares one range."),
     ("bits, weights/activations", lambda r: f"{r['w_bits']}/{r['a_bits']}", "Bits in which numbers are stored and multiplied."),
     ("layers on integers", lambda r: f"{r['integer_layers']} of {r['integer_layers'] + r['float_layers']}", "Convolutions and linear layers, counted in the graph that onnxruntime runs."),
@@ -85,6 +87,7 @@ ROWS = [ # label, number -> text, how it was measured
     ("MACs", lambda r: si(r["macs"]), "Multiply-accumulates for one image."),
     ("BOPs", lambda r: si(r["bops"]), "MACs times bits of the weights times bits of the activations."),
     ("latency", _span, "Median time of one image, with the 10th and 90th percentile; networks timed in turn."),
+    ("latency, as predicted", lambda r: f"{r['predicted_ms']:.3g} ms", "By the search: the sum of its blocks in a table."),
     ("mean latency", lambda r: f"{r['mean_ms']:.3g} ms", "Mean time of a test image, one at a time; images that leave early take less."),
     ("speed-up", _faster, "Ratio of the medians, with a 95 % bootstrap interval."),
 ]
@@ -144,7 +147,7 @@ def figure_pareto(report:Report, # A run's report
 def _method(name):
     "The colour key of a network's name: grey for FP32, one colour for each method."
     last = name.split()[-1]
-    return {"FP32": "fp32", "compressed": "svd"}.get(name, last if last in COLORS else "ptq")
+    return {"FP32": "fp32", "searched": "nas", "compressed": "svd"}.get(name, last if last in COLORS else "ptq")
 
 # %% ../../nbs/pipeline/91_report.ipynb #f305b51a
 def figure_layers(report:Report, # A run's report
@@ -159,6 +162,18 @@ def figure_layers(report:Report, # A run's report
     if few: ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
     if nets[1:]: ax.legend(ncols=len(nets), loc="lower center", bbox_to_anchor=(.5, 1))
     ax.set(xlabel="" if few else "layer, from input to output", ylabel="SQNR at the output (dB)"); ax.grid(axis="x", visible=False)
+    return ax
+
+# %% ../../nbs/pipeline/91_report.ipynb #7f04db2d
+def figure_fronts(report:Report, # A search's report
+) -> Axes: # None if nothing was searched
+    "Predicted accuracy against latency, a line for each scenario."
+    if not report.fronts: return None
+    ax, hues = _axes(), [COLORS[k] for k in ("nas", "bkd", "predictor", "finetune", "random")]
+    for i, (name, points) in enumerate(report.fronts.items()):
+        ms, accuracies = zip(*points)
+        ax.step(ms, [100 * a for a in accuracies], where="post", marker=".", color=hues[i % len(hues)], label=name)
+    ax.set(xlabel="latency of one image (ms)", ylabel="predicted accuracy (%)"); ax.legend()
     return ax
 
 # %% ../../nbs/pipeline/91_report.ipynb #367ce0aa
@@ -179,6 +194,7 @@ def inline_svg(ax:Axes, # The figure
 # %% ../../nbs/pipeline/91_report.ipynb #b65aef41
 FIGURES = [ # name, function, caption
     ("pareto", figure_pareto, "Accuracy against latency. Bars: one standard error; 10th to 90th percentile of the timings."),
+    ("fronts", figure_fronts, "Fronts of the search: what it predicts of the networks that it would choose for each scenario."),
     ("layers", figure_layers, "What each layer's quantization alone costs: signal-to-noise ratio of the logits with only this layer quantized. Low bars hurt most."),
 ]
 
