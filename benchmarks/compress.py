@@ -58,7 +58,7 @@ def jobs():
     yield from ours("resnet20", SEEDS[1:])
     yield from ours("mobilenet", SEEDS)
     yield from curve("resnet20", CURVE, ("all", "cp3"))
-    yield "resnet20/tuned/0", dict(macs=.5, seed=0), FINETUNE
+    for net in ("resnet20", "mobilenet"): yield f"{net}/tuned/0", dict(macs=.5, seed=0), FINETUNE
     for select in ("uniform", "greedy", "knapsack"):
         yield f"resnet20/{select}_refit_20/0", dict(labels, select=select, fit_steps=20), {}
         yield f"resnet20/{select}{'' if select == 'greedy' else '_plain'}/0", dict(labels, select=select, refit=False), {}
@@ -66,7 +66,8 @@ def jobs():
     yield from curve("resnet20", CURVE, ("weight_svd_out", "channel"))
     yield from curve("resnet20", CURVE, ("cp", "spatial_svd", "weight_svd_in", "tucker2", "tensor_train"), steps=20)  # what more steps bring
     yield from curve("resnet20", CURVE, ALONE)
-    for seed in SEEDS[1:]: yield f"resnet20/tuned/{seed}", dict(macs=.5, seed=seed), FINETUNE
+    for net in ("resnet20", "mobilenet"):
+        for seed in SEEDS[1:]: yield f"{net}/tuned/{seed}", dict(macs=.5, seed=seed), FINETUNE
 
 
 def measure(name, options, tuning, a):
@@ -84,7 +85,7 @@ def measure(name, options, tuning, a):
     record |= dict(top1=train.accuracy(made.model, d.test), plan=made.report.plan.to_dict(), rows=[list(r) for r in made.report] if name.endswith("ours/0") else None)
     if tuning:
         start = time.perf_counter()
-        tuned, history = train.fit(made.model, (d.train, None), teacher=net, seed=seed, device="cpu", progress=False, checkpoint=Path(a.store) / "layers" / f"{name.replace('/', '-')}.safetensors", **tuning)
+        tuned, history = train.fit(made.model, (d.train, None), teacher=net, seed=seed, device="cpu", progress=False, checkpoint=Path(a.store) / "layers" / f"{VERSION}-{name.replace('/', '-')}.safetensors", **tuning)
         record |= dict(tuned_top1=train.accuracy(tuned, d.test), tuning_seconds=time.perf_counter() - start, tuning=tuning)
     return record
 

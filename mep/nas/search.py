@@ -323,6 +323,10 @@ class Front:
     def recost(self, cost:Callable, name:str="")->"Front": # By another cost, such as `Measured`
         "The same architectures with another cost; those that are no longer on the front are dropped."
         return pareto_front([p.arch for p in self], [p.accuracy for p in self], cost([p.arch for p in self]), getattr(cost, "unit", self.unit), name or self.name)
+    def rejudge(self, predictor, name:str="")->"Front": # By another predictor: anything with `predict(archs)`
+        "The same architectures with other accuracies, such as of a predictor too dear to search with; those that are no longer on the front are dropped."
+        archs = [p.arch for p in self]
+        return pareto_front(archs, predictor.predict(archs), [p.cost for p in self], self.unit, name or self.name)
 
     def spread(self, n:int)->"Front": # At most so many points
         "Some of the points, evenly spread over the front from end to end."
