@@ -438,3 +438,14 @@ def test_crossing_finds_the_pair():
 def test_costs_and_deployments_are_plain():
     for thing in (macs_cost(SMALL), Deployment(threads=3)): assert type(pickle.loads(pickle.dumps(thing))) is type(thing)
     assert json.dumps(search(SMALL, Made(SMALL), how="nsga2", population=4, generations=2, progress=False).history)
+
+
+def test_a_front_can_be_judged_again_by_a_dearer_predictor():
+    archs = [SPACE.arch(*v) for v in ([0] * len(SPACE), [1] + [0] * (len(SPACE) - 1), [1, 1] + [0] * (len(SPACE) - 2))]
+    front = pareto_front(archs, [.5, .6, .7], [1., 2., 3.])
+
+    class Other:
+        def predict(self, archs): return np.array([.5, .4, .8])
+
+    judged = front.rejudge(Other(), "again")
+    assert [p.arch for p in judged] == [archs[0], archs[2]] and [p.accuracy for p in judged] == [.5, .8] and [p.cost for p in judged] == [1., 3.] and judged.name == "again"
