@@ -22,6 +22,7 @@ from sklearn.linear_model import RidgeCV
 from mep import data, train
 from mep.deploy import machine
 from mep.nas.bkd import BlockLibrary
+from mep.nas.finetune import answers, distil
 from mep.nas.predictor import FLOOR, AccuracyPredictor, Assembled, Score, block_ratios, kendall, kendall_gain
 from mep.nas.space import default_space
 from mep.store import Store
@@ -31,17 +32,6 @@ TASKS = {  # data, images to learn blocks from, passes for a network
     "shapes": dict(load=dict(name="shapes", n_train=60_000, n_valid=4000, n_test=10_000, difficulty=.6, size=24, augment=False), blocks=20_000, epochs=3, teacher=8, fit=40, sealed=60),
     "cifar10": dict(load=dict(name="cifar10", n_valid=4000, size=24, augment=False), blocks=20_000, epochs=4, teacher=12, fit=20, sealed=40)}
 LEVELS = 10
-TEMPERATURE, ALPHA = 4., .9
-
-
-class Numbered:
-    "A loader whose labels are the images' numbers, so that a loss can look up what the teacher said"
-    def __init__(self, images, order): self.images, self.sampler = images, order
-    def __len__(self): return len(self.sampler)
-    def __iter__(self):
-        for at in self.sampler:
-            at = at[0] if isinstance(at, tuple) else at
-            yield self.images[at][0], at
 
 
 class Task:
@@ -50,7 +40,6 @@ class Task:
         self.name, self.settings, self.store = name, TASKS[name], Store(store / name)
         self.data = data.load(**self.settings["load"])
         self.space = default_space(len(self.data.classes), self.data.input_shape, width=16)
-        self.labels = self.data.train.dataset.labels
         self.teacher = self.make_teacher()
         self.library = BlockLibrary(store / name / "library", self.space, self.teacher)
         n, m = self.settings["fit"], self.settings["sealed"]
@@ -71,24 +60,13 @@ class Task:
 
     def said(self):
         "The teacher's logits on all training images"
-        def new(): return dict(logits=torch.cat([train.logits(self.teacher, x)[0] for x, _ in self.in_order()])), {}
-        return self.store.cached("teacher_logits", new).tensors["logits"]
-
-    def in_order(self):
-        images = self.data.train.dataset
-        for at in torch.arange(len(images)).split(1000): yield images[at]
-
-    def learn(self, net, epochs, seed, lr):
-        "Distil the teacher into a network"
-        told, labels, order = self.said(), self.labels, data.Order(len(self.labels), 128, True, seed)
-        def loss(out, at): return (1 - ALPHA) * torch.nn.functional.cross_entropy(out, labels[at]) + ALPHA * train.soft_targets(out, told[at], TEMPERATURE)
-        return train.fit(net, (Numbered(self.data.train.dataset, order), None), epochs=epochs, lr=lr, loss=loss, seed=seed, progress=False, device="cpu").model
+        return self.store.cached("teacher_logits", lambda: (dict(logits=answers(self.teacher, self.data)), {})).tensors["logits"]
 
     def network(self, arch, seed=0, scratch=False):
         "Accuracy of a trained network, and what it cost"
         start, epochs = time.process_time(), self.settings["epochs"] * (3 if scratch else 1)
         net = self.space.build(arch, seed + 1000) if scratch else self.library.build(arch)
-        net = self.learn(net, epochs, seed, .1)
+        net = distil(net, self.data, epochs=epochs, told=self.said(), seed=seed, progress=False, device="cpu").model
         out, y = train.logits(net, self.data.test)
         return net.state_dict(), dict(accuracy=(out.argmax(1) == y).float().mean().item(), loss=torch.nn.functional.cross_entropy(out, y).item(), seconds=time.process_time() - start,
                         arch=json.loads(arch.to_json()), macs=self.space.macs(arch), epochs=epochs)

@@ -110,7 +110,7 @@ def test_front_answers_and_refuses():
     with pytest.raises(ValueError, match="at least one"): pareto_front([], [], [])
     with pytest.raises(ValueError, match="2 accuracies"): pareto_front(a, [1, 2], [1, 2, 3, 4])
     with pytest.raises(ValueError, match="must be numbers"): pareto_front(a, [1, 2, np.nan, 3], [1, 2, 3, 4])
-    assert len(f.spread(2)) == 2 and f.spread(9) == f and f.spread(2)[0] == f[0]
+    assert len(f.spread(2)) == 2 and f.spread(9) == f and f.spread(2)[0] == f[0] and f.spread(1)[0] == f[-1]
     with pytest.raises(ValueError, match="n=0"): f.spread(0)
     assert len(f.recost(lambda archs: -np.arange(len(archs)))) == 1
     assert len(f.table()) == 4 and "3 architectures" in repr(f)

@@ -329,9 +329,9 @@ class Front:
         return pareto_front(archs, predictor.predict(archs), [p.cost for p in self], self.unit, name or self.name)
 
     def spread(self, n:int)->"Front": # At most so many points
-        "Some of the points, evenly spread over the front from end to end."
+        "Some of the points, evenly spread over the front from end to end; the most accurate one if n is 1."
         if n < 1: raise ValueError(f"n={n}: give at least 1")
-        return replace(self, points=tuple(self[i] for i in np.unique(np.linspace(0, len(self) - 1, n).round().astype(int))))
+        return replace(self, points=tuple(self[i] for i in np.unique(np.linspace(len(self) - 1, 0, n).round().astype(int))))
     def table(self)->Table:
         "One row per architecture."
         return Table([["cost", "accuracy", "blocks"], *([_amount(p.cost, self.unit), f"{p.accuracy:.3f}", str(p.arch)] for p in self)])
