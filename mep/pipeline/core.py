@@ -444,7 +444,7 @@ def search(state:State, # The run
         predictor = learn_accuracy(library, state.data, n_search, epochs=finetune, lr=.02, **how)
         front, table, ms = measured_front(library.space, predictor, Deployment(threads=threads), search)
         best = front.at(search * ms)
-        net = finetune_network(best.arch, library, state.data, finetune, lr=.02, checkpoint=folder/"finetune.safetensors", seed=seed, progress=state.progress).model
+        net = finetune_network(best.arch, library, state.data, finetune, lr=.02, checkpoint=folder/f"{best.arch.key}.safetensors", seed=seed, progress=state.progress).model # timed anew, another network may be chosen
         facts = dict(simulated=accuracy(net, state.data.test), predicted=best.accuracy, predicted_ms=float(table([best.arch])[0]))
         return net.state_dict(), dict(arch=best.arch.to_json(), notes=[search_note(library, n_search, best)], nets=dict(searched=cost_facts(net, state.data.input_shape) | facts))
     saved = state.once(compute)
