@@ -24,10 +24,13 @@ from mep.train import fit, small_resnet
 TINY = "--data digits --epochs 1 --n-train 256 --n-test 100 --n-calib 32 --n-latency 5".split()
 
 
+def hear_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are deaf to it, and so would be what they start
+
+
 def start(*words, cwd=None):
     code = "import sys; from mep.pipeline.cli import main; sys.exit(main())"
     env = os.environ | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, preexec_fn=hear_ctrl_c if os.name == "posix" else None)
 
 
 def mep(*words, cwd=None):
@@ -271,7 +274,7 @@ def stop(store, *args):
 Store.put = stop
 from mep.pipeline.cli import main
 sys.exit(main(sys.argv[1:]))"""
-    died = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
+    died = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, preexec_fn=hear_ctrl_c)
     assert died.returncode == 130 and "go on with: mep quantize" in died.stderr and not (tmp_path / "q.onnx").exists()
     assert len(list((tmp_path / "q.onnx.unfinished").rglob("*.safetensors"))) == 3
     status, out, err = mep(*words)

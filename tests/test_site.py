@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
@@ -183,11 +182,21 @@ def read_page(folder, path):
 
 
 PROCESS = """
-import sys
+import json, multiprocessing, sys, traceback
 from pathlib import Path
+import matplotlib.pyplot, onnxruntime, scipy.stats, sklearn.linear_model, torch, torchvision, tqdm.auto  # once: every notebook wants them
 from nbdev.serve import FilterDefaults
 from nbdev.serve_drv import main
-main((Path("nbs", sys.argv[1]), Path("_proc", sys.argv[1]), FilterDefaults))
+
+def process(path):
+    try: main((Path("nbs", path), Path("_proc", path), FilterDefaults))
+    except BaseException: return path, traceback.format_exc()
+    return path, None
+
+if __name__ == "__main__":
+    start = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    with multiprocessing.get_context(start).Pool(2, maxtasksperchild=1) as pool: found = dict(pool.imap_unordered(process, sys.argv[1:]))
+    Path("errors.json").write_text(json.dumps(found))
 """
 
 
@@ -207,12 +216,10 @@ def processed(tmp_path_factory):
     shutil.copy(ROOT / "settings.ini", copy)
     env = {**os.environ, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
 
-    def process(path):
-        (copy / "_proc" / path).parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([sys.executable, "-c", PROCESS, path], cwd=copy, env=env, capture_output=True, text=True)
-        return failure(done.stderr) if done.returncode else None
-
-    with ThreadPoolExecutor(2) as pool: errors = dict(zip(NOTEBOOKS, pool.map(process, NOTEBOOKS)))
+    for path in NOTEBOOKS: (copy / "_proc" / path).parent.mkdir(parents=True, exist_ok=True)
+    (copy / "process.py").write_text(PROCESS)
+    subprocess.run([sys.executable, "process.py", *NOTEBOOKS], cwd=copy, env=env, check=True, capture_output=True)
+    errors = {path: error and failure(error) for path, error in json.loads((copy / "errors.json").read_text()).items()}
     return copy / "_proc", {path: error for path, error in errors.items() if error}
 
 
