@@ -53,7 +53,7 @@ def time_layer(name, channels, size, kernel, groups, n):
                 tenth={str(b): t[SHARES.index(.1)] for b, t in times.items()}, break_even=break_even(ms["dense"], shares, times))
 
 
-WIDTHS = {32: 3, 64: 1} # channels -> seeds
+WIDTHS = {32: 3, 64: 3} # channels -> seeds
 
 
 def train(store, a, width, seed, theta, quiet=0.):

@@ -53,7 +53,7 @@ def time_layer(name, channels, size, kernel, n):
     return dict(name=name, macs=size*size*conv.weight.numel(), dense_ms=dense, shares=shares, ms=times, break_even=even)
 
 
-WIDTHS = {32: 3, 64: 1} # channels -> seeds; gates are learned in the first only
+WIDTHS = {32: 3, 64: 3} # channels -> seeds; gates are learned in the first only
 REAL_SEEDS = 2
 
 

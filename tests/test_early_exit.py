@@ -273,6 +273,28 @@ def test_budgets_are_met_and_joint_is_never_worse(seed, exits, share):
     assert sum(joint.shares) == pytest.approx(1)
 
 
+def test_probabilities_of_the_exits_beat_counting_few_labels():
+    def drawn(n, seed):  # four exits, each nearly as good as the next, and honest about how sure they are
+        g = torch.Generator().manual_seed(seed)
+        sure = (torch.rand(n, generator=g, dtype=torch.float64) * .7 + torch.tensor([[.1], [.13], [.16], [.19]])  + .2 * torch.rand(4, n, generator=g, dtype=torch.float64)).clamp(max=.999)
+        return Exits(sure, torch.rand(4, n, generator=g, dtype=torch.float64) < sure, [1., 2., 3., 4.], sure)
+    lost = []
+    for seed in range(8):
+        few, many = drawn(150, seed), drawn(50_000, 100 + seed)
+        lost.append([many.outcome(joint_thresholds(few, 2., labels=labels)).accuracy for labels in (True, False)])
+    by_labels, by_probability = torch.tensor(lost).mean(0).tolist()
+    assert by_probability > by_labels + .005
+
+
+def test_without_probabilities_labels_count():
+    t = table(100, 3)
+    assert t.expected is None and torch.equal(joint_thresholds(t, 2.), joint_thresholds(t, 2., labels=True))
+    some = t._replace(expected=t.confidence).some(slice(10))
+    assert some.expected.shape == some.right.shape == (4, 10)
+    both = some.joined(t._replace(expected=t.confidence))
+    assert both.expected.shape == both.right.shape == (4, 110) and torch.equal(both.some(slice(10)).right, some.right)
+
+
 def test_published_shares_are_geometric():
     t = table(5000, 0)
     shares = t.outcome(budgeted_thresholds(t, 2.)).shares

@@ -379,6 +379,7 @@ class Exits(NamedTuple):
     confidence:Tensor # [exits, N]
     right:Tensor # [exits, N], bool
     costs:list # Of leaving at each exit: MACs, or milliseconds
+    expected:Tensor|None=None # [exits, N]: how probable it is that the answer is right, in the exit's own words
 
     def leave(self, thresholds) -> Tensor:
         "The exit at which each sample leaves [N]"
@@ -392,7 +393,11 @@ class Exits(NamedTuple):
 
     def some(self, index) -> "Exits":
         "The same of some samples"
-        return self._replace(confidence=self.confidence[:, index], right=self.right[:, index])
+        return self._replace(**{k: v[:, index] for k, v in self._asdict().items() if isinstance(v, Tensor)})
+
+    def joined(self, other) -> "Exits":
+        "The samples of both tables"
+        return self._replace(**{k: torch.cat([v, getattr(other, k)], 1) for k, v in self._asdict().items() if isinstance(v, Tensor)})
 
 # %% ../../nbs/conditional/40_early_exit.ipynb #cbc7a9c7
 def _outcome(right, exit, costs):
@@ -407,9 +412,10 @@ def exit_table(
 ) -> Exits:
     "Measure all exits on a set. Raises ValueError for an empty one, or NaN."
     logits, y = exit_logits(net, loader)
-    sure = confidence(logits / torch.as_tensor(net.temperatures).cpu()[:, None, None], net.settings["measure"])
+    scaled = logits / torch.as_tensor(net.temperatures).cpu()[:, None, None]
+    sure = confidence(scaled, net.settings["measure"])
     if sure.isnan().any(): raise ValueError("some logits are not finite; look for NaN in the images, then in the weights")
-    return Exits(sure, logits.argmax(-1) == y, list(costs or net.costs))
+    return Exits(sure, logits.argmax(-1) == y, list(costs or net.costs), confidence(scaled))
 
 # %% ../../nbs/conditional/40_early_exit.ipynb #2b136d50
 def budgeted_thresholds(
@@ -467,10 +473,12 @@ def _best(exits, worth, t, k):
 def joint_thresholds(
     exits:Exits, # Measured on validation data
     budget:float, # Largest mean cost
+    labels:bool=False, # Count the right answers by the labels, in place of the exits' own probabilities
 ) -> Tensor: # [exits - 1]
-    """Thresholds that together give the most right answers for a mean cost, as far as we can find: at least as many as the published ones, on these samples.
+    """Thresholds that together let us expect the most right answers for a mean cost, as far as we can find: at least as many as the published ones, on these samples.
 
-    A price of cost in right answers gives a start, then thresholds move in pairs, one up, one down. Raises as `budgeted_thresholds`."""
+    A price of cost in right answers gives a start, then thresholds move in pairs, one up, one down. Less than the budget is spent where more brings nothing. Raises as `budgeted_thresholds`."""
+    if exits.expected is not None and not labels: exits = exits._replace(right=exits.expected)
     found, low, high = [budgeted_thresholds(exits, budget)], 0., _top_price(exits)
     for _ in range(20):
         price = (low + high) / 2
