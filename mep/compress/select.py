@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import joblib
 import matplotlib.pyplot as plt
 import onnx
 import torch
@@ -385,7 +387,6 @@ class _Group(NamedTuple):
     group:object # A `ChannelGroup`
     order:Tensor # Which channels go first
     names:list # Its layers
-    factor:float # By how much more than predicted their loss is felt, compared with cuts
 
 def _groups(net, layers, quads, gs, free, job):
     "Groups of channels whose layers may all change, no layer in two"
@@ -395,7 +396,7 @@ def _groups(net, layers, quads, gs, free, job):
         if g.locked or g.residual or taken & set(names) or not all(n in free for n in names): continue
         taken |= set(names)
         order = SELECT["cost"](net, g, [_share(g, n, layers[n].op, quads[n], gs[n]) for n in g.consumers], 0)
-        yield _Group(g, order, names, max(1., sum(_factor(net, g, order, n, quads[n], gs[n], job) for n in g.consumers) / len(g.consumers)))
+        yield _Group(g, order, names)
 
 def _factor(net, group, order, name, f, g, job):
     "Half of the channels gone, and the layer cut: what each does to the network's output, measured, over what was predicted"
@@ -404,11 +405,10 @@ def _factor(net, group, order, name, f, g, job):
     columns = _stays(group.consumers[name], order[len(order) // 2:], group.width).repeat_interleave(f.h.shape[-1] // len(group.consumers[name]))
     w = torch.zeros_like(t.c)
     w[:, columns] = torch.cholesky_solve(t.c[:, columns].T, torch.linalg.cholesky(t.h[columns][:, columns])).T
-    x = torch.cat(job.batches)[:256]
-    ratio = felt(net, name, f, t.back @ w, x) / max(t.power - (w * t.c).sum().item(), 1e-30)
+    ratio = felt(net, name, f, t.back @ w, job.some) / max(t.power - (w * t.c).sum().item(), 1e-30)
     if m is None: return ratio
     (_, factors, lost), = cuts(t, f, m.name, _affordable(op, Layer(op, "", None, op.weight.numel(), ()), m.name, [.4], 1)[:1] or [m.max_rank(op)], job.steps)
-    return ratio / max(felt(net, name, f, _weight(m.formula, factors)[0], x) / max(lost * t.power, 1e-30), 1e-3)
+    return ratio / max(felt(net, name, f, _weight(m.formula, factors)[0], job.some) / max(lost * t.power, 1e-30), 1e-3)
 
 def _share(group, name, op, f, g):
     "What a reading layer says about the channels, seen from the network's output"
@@ -446,7 +446,8 @@ def _narrow(group, name, keep, layer, f, g, op):
 
 def _group_options(found, net, layers, quads, gs, single, job):
     "Options for a group: all its channels or some, each layer whole or cut"
-    group, order, names, factor = found
+    group, order, names = found
+    factor = max(1., sum(_factor(net, group, order, n, quads[n], gs[n], job) for n in group.consumers) / len(group.consumers))
     follow = sum(job.cost(layers[n].op, layers[n], [])[0] for n in group.followers if n in layers)
     out = [o + Option(follow, 0.) for o in _combined(single[n] for n in names)]
     present = replace(group, followers={n: t for n, t in group.followers.items() if n in layers})
@@ -671,11 +672,26 @@ class _Job:
         self.shape, self.n = tuple(self.batches[0].shape[1:]), sum(map(len, self.batches))
         self.macs_before = profile(model, self.shape).macs
         self.cutters = [m for m in self.methods if m != "channel"]
+        self.some = torch.cat(self.batches)[:256]
 
     def cached(self, name, fn):
         "What `fn` returns, JSON-able, from the checkpoint if it is there"
         if not self.store: return fn()
         return self.store.cached(f"{self.key}/{name}", lambda: ({}, fn())).meta
+
+    def each(self, work, desc):
+        "What independent pieces of work return, JSON-able: from the checkpoint, or through joblib, and kept as soon as it is there"
+        todo = {name: piece for name, piece in work.items() if not self.store or f"{self.key}/{name}" not in self.store}
+        results = joblib.Parallel(self.n_jobs, return_as="generator", max_nbytes=None)(joblib.delayed(_quietly)(*piece) for piece in todo.values())
+        bar = tqdm(zip(todo, results), desc=desc, total=len(todo), disable=not self.progress or not todo)
+        fresh = {name: self.cached(name, lambda: result) for name, result in bar}
+        return {name: fresh[name] if name in fresh else self.cached(name, None) for name in work}
+
+    @property
+    def settings(self): return SimpleNamespace(cost=self.cost, multiple=self.multiple, steps=self.steps, cutters=self.cutters, some=self.some)
+
+@torch.no_grad()
+def _quietly(fn, *args): return fn(*args)
 
 def _pack(options): return [[o.cost, o.loss, {n: list(c) for n, c in o.layers.items()}, o.channels] for o in options]
 def _unpack(packed): return [Option(c, l, {n: (m, tuple(r) if isinstance(r, list) else r) for n, (m, r) in layers.items()}, channels) for c, l, layers, channels in packed]
@@ -694,11 +710,15 @@ def _enough(job, layers):
         warnings.warn(f"{text}. It stays as it is{f', and {len(few) - 1} more layers do' if len(few) > 1 else ''}", stacklevel=4)
     return {n: l for n, l in layers.items() if n not in few}
 
-def _cached_options(job, name, layer, f, g):
-    "A layer's options, each method kept under its own name"
-    def options(m): return lambda: _pack(layer_options(name, layer, f, g, [m] if m else [], job.cost, job.shares, job.multiple, job.steps))
-    found = [_unpack(job.cached(f"score/{name}/{m}", options(m))) for m in job.cutters or [None]]
-    return [found[0][0], *(o for options in found for o in options[1:])]
+def _single_options(job, free, quads, gs):
+    "Layer -> its options; each layer and method is a piece of work"
+    work = {(n, m): (_score, n, free[n], quads[n], gs[n], [m] if m else [], job.cost, job.shares, job.multiple, job.steps) for n in free for m in job.cutters or [None]}
+    done = job.each({f"score/{n}/{m}": piece for (n, m), piece in work.items()}, "score")
+    found = {n: [_unpack(done[f"score/{n}/{m}"]) for m in job.cutters or [None]] for n in free}
+    return {n: [options[0][0], *(o for more in options for o in more[1:])] for n, options in found.items()}
+
+def _score(*args): return _pack(layer_options(*args))
+def _thin(found, net, *args): return _pack(_group_options(found, copy.deepcopy(net), *args)) # it is changed for a moment
 
 class _Scores(NamedTuple):
     "What choices are made from"
@@ -715,20 +735,25 @@ def _scored(job):
     free = {n: l for n, l in layers.items() if getattr(l.op, "groups", 1) == 1 and n not in job.skip}
     quads = observe(net, job.batches, list(layers), job.samples, job.seed, job.progress)
     gs = sensitivity(net, job.batches, list(layers), job.probes, job.seed, job.progress)
-    single = {n: _cached_options(job, n, free[n], quads[n], gs[n]) for n in tqdm(free, desc="score", disable=not job.progress)}
-    found, groups = list(_groups(net, layers, quads, gs, free, job)) if "channel" in job.methods else [], []
-    for g in tqdm(found, desc="channels", disable=not job.progress or not found):
-        follow = sum(job.cost(layers[n].op, layers[n], [])[0] for n in g.group.followers if n in layers)
-        options = job.cached(f"group/{g.group.name}/{'-'.join(job.cutters) or 'channel'}", lambda: _pack(_group_options(g, net, layers, quads, gs, single, job)))
-        groups.append((g.names, follow, _unpack(options)))
+    single = _single_options(job, free, quads, gs)
+    found = list(_groups(net, layers, quads, gs, free, job)) if "channel" in job.methods else []
+    def of(known, g): return {n: known[n] for n in (*g.names, *g.group.followers) if n in known}
+    keys = [f"group/{g.group.name}/{'-'.join(job.cutters) or 'channel'}" for g in found]
+    done = job.each({k: (_thin, g, net, *(of(known, g) for known in (layers, quads, gs, single)), job.settings) for k, g in zip(keys, found)}, "channels")
+    costs = [sum(job.cost(layers[n].op, layers[n], [])[0] for n in g.group.followers if n in layers) for g in found]
+    groups = [(g.names, follow, _unpack(done[k])) for k, g, follow in zip(keys, found, costs)]
     return _Scores(single, groups, sum(o[0].cost for o in single.values()) + sum(follow for _, follow, _ in groups), gs, list(layers))
+
+def _corrected(option, ratios):
+    "An option with the loss that was seen elsewhere; of a method that nobody looked at, the worst that was seen"
+    found = [ratios.get(m, max(ratios.values())) for m, _ in option.layers.values()]
+    if option.channels: found = [ratios.get("channel", max(ratios.values()))]
+    return option._replace(loss=option.loss * sum(found) / len(found)) if found else option
 
 def _items(scores, method=None, ratios=None):
     "One list of options for each layer or group; of one method only; with losses corrected"
     def fits(o): return method is None or all(m == method for m, _ in o.layers.values())
-    def corrected(o):
-        found = [ratios.get(m, max(ratios.values())) for m, _ in o.layers.values()] if ratios else []
-        return o._replace(loss=o.loss * sum(found) / len(found)) if found else o
+    def corrected(o): return _corrected(o, ratios) if ratios else o
     single = {n: [corrected(o) for o in options if fits(o)] for n, options in scores.single.items()}
     together = [[o + Option(follow, 0.) for o in _combined(single.pop(n) for n in names)] for names, follow, _ in scores.groups]
     thinned = [[corrected(o) for o in options if method is None] for *_, options in scores.groups]
@@ -823,22 +848,39 @@ def _by_knapsack(job):
     mixed = _items(scores)
     chosen = _within(job, mixed, budget, scores.whole) if job.latency is None else _by_latency(job, mixed, scores.whole)
     if job.tries and job.refit and job.latency is None: chosen = _checked(job, scores, budget, chosen)
-    job.facts["predicted loss"] = sum(o.loss for o in chosen)
+    job.facts["predicted loss"] = _predicted(chosen)
     return _plan(job, chosen), scores.gs, scores.names
+
+def _predicted(chosen): return sum(o.loss for o in chosen)
+
+def _channels_ratio(found, mixed, ratios):
+    "Seen over predicted for channels: what the cuts of the mixture leave unexplained"
+    cut, thin = ([o for o in mixed if bool(o.channels) is channels] for channels in (False, True))
+    rest = found - _predicted(_corrected(o, ratios) for o in cut)
+    return max(rest / max(_predicted(thin), 1e-30), min(ratios.values()) / 2) if thin else max(ratios.values())
 
 def _checked(job, scores, budget, mixed):
     "Of several choices, built, the one that moves the outputs least on images that it has not seen"
     held, seen = _held_out(job)
     singles = {m: knapsack(_items(scores, m), budget) for m in job.cutters if len(job.methods) > 1 and _least(_items(scores, m)) <= budget}
-    best = sorted(singles, key=lambda m: sum(o.loss for o in singles[m]))[:job.tries]
+    best = sorted(singles, key=lambda m: _predicted(singles[m]))[:job.tries]
     if not best: return mixed
-    tried, moved = {"mixed": mixed} | {m: singles[m] for m in best}, _moves(job, scores, held, seen)
-    found = {name: moved(chosen) for name, chosen in tried.items()}
-    ratios = {m: found[m] / max(sum(o.loss for o in singles[m]), 1e-30) for m in best}
+    tried = {"mixed": mixed} | {m: singles[m] for m in best}
+    found = _moves(job, scores, tried, held, seen)
+    ratios = {m: found[m].mean().item() / max(_predicted(singles[m]), 1e-30) for m in best}
+    ratios["channel"] = _channels_ratio(found["mixed"].mean().item(), mixed, ratios)
     again = knapsack(_items(scores, None, ratios), budget)
-    if _plan(job, again) not in [_plan(job, c) for c in tried.values()]: tried["corrected"], found["corrected"] = again, moved(again)
-    job.facts |= {"tries": found, "taken": min(found, key=found.get), "evaluations": len(found)}
+    if _plan(job, again) not in [_plan(job, c) for c in tried.values()]:
+        tried["corrected"] = again
+        found |= _moves(job, scores, {"corrected": again}, held, seen)
+    job.facts |= {"tries": {name: moved.mean().item() for name, moved in found.items()}, "taken": _taken(found, best), "evaluations": len(found)}
     return tried[job.facts["taken"]]
+
+def _taken(found, plain):
+    "The one that moves least; of those that can't be told from it, image by image, one of a single method"
+    best = min(found, key=lambda name: found[name].mean())
+    def as_good(name): return (more := found[name] - found[best]).mean() <= more.std() / len(more)**.5
+    return next((name for name in plain if as_good(name)), best)
 
 def _by_share(job):
     "The same share of the MACs in every layer: what is wasteful"
@@ -850,20 +892,24 @@ def _by_share(job):
     for _ in range(30): low, high = ((low + high) / 2, high) if _total(at((low + high) / 2)) <= budget else (low, (low + high) / 2)
     return _plan(job, at(low)), scores.gs, scores.names
 
-# %% ../../nbs/compress/24_select.ipynb #f029694e
+# %% ../../nbs/compress/24_select.ipynb #b310e399
 def _held_out(job):
     "A quarter of the images to look at, the others to fit to"
     images = torch.cat(job.batches)
     n = max(1, len(images) // 4)
     return images[:n], images[n:].split(len(job.batches[0]))
 
-def _moves(job, scores, held, seen):
-    "A function: a choice -> mean squared change of the network's output, fitted in few steps"
-    answers = logits(job.model, held)[0]
-    def change(chosen):
-        new, _ = realize(job.model, _plan(job, chosen), seen, scores.gs, scores.names, job.samples // 2, job.fit_steps // 4, job.seed, progress=job.progress)
-        return _distance(logits(new, held)[0], answers)
-    return lambda chosen: job.cached(f"try{job.fit_steps}/{content_hash(_plan(job, chosen).to_dict())[:16]}", lambda: change(chosen))
+def _moves(job, scores, tried, held, seen):
+    "Squared change of the network's output for each choice, fitted in few steps, and each image"
+    answers, plans = logits(job.model, held)[0], {name: _plan(job, chosen) for name, chosen in tried.items()}
+    keys = {name: f"check{job.fit_steps}/{content_hash(plan.to_dict())[:16]}" for name, plan in plans.items()}
+    rest = scores.gs, scores.names, job.samples // 2, job.fit_steps // 4, job.seed
+    found = job.each({keys[name]: (_change, job.model, plan, seen, held, answers, *rest) for name, plan in plans.items()}, "check")
+    return {name: torch.tensor(found[k]["moved"], dtype=torch.float64) for name, k in keys.items()}
+
+def _change(model, plan, seen, held, answers, *rest):
+    "How much a plan, built, moves the answer to each image"
+    return dict(moved=[_distance(after[None], before[None]) for after, before in zip(logits(realize(model, plan, seen, *rest, progress=False)[0], held)[0], answers)])
 
 # %% ../../nbs/compress/24_select.ipynb #d3b6049e
 def greedy(
@@ -967,10 +1013,11 @@ def compress(
     tries:int=2, # Single methods that are built to compare with; 0: nothing is compared
     shares:Iterable=SHARES, # Of a layer's MACs, at which each method is tried
     threads:int=1, # Of onnxruntime, for `latency`
+    n_jobs:int|None=None, # Processes for scoring and the check; None: joblib's default
     seed:int=0, # Of all random choices
     checkpoint:str|Path|Store|None=None, # Folder in which finished layers are kept, to resume from
     progress:bool=True, # Show bars on stderr
-    **train, # For the fine-tuning, see `fit`
+    **train, # For the fine-tuning, see `fit`; the rate is .05 unless given, and labels and teacher count the same
 )->Compressed: # The network and its `Report`
     """A smaller network: each layer cut, thinned or left whole, so that the whole loses least within the target.
 
@@ -984,7 +1031,7 @@ def compress(
         new, errors = _fitted(job, plan, gs, names) if refit else (_plain_weights(model, plan), {})
         job.facts["seconds to fit"] = time.perf_counter() - start
     report = _report(job, new, plan, errors)
-    if epochs: new = fit(new, data, epochs, teacher=model, seed=seed, progress=progress, **train).model
+    if epochs: new = fit(new, data, epochs, **dict(teacher=model, lr=.05, alpha=.5, seed=seed, progress=progress) | train).model
     return Compressed(new, report)
 
 # %% ../../nbs/compress/24_select.ipynb #68d382b4
@@ -1005,7 +1052,8 @@ def _prepare(model, data, options):
     _check(job, model)
     job.multiple = job.multiple or (1 if job.latency is None else 8)
     job.cost = MacsCost() if job.latency is None else MsCost(job.threads)
+    if job.latency is not None: job.n_jobs = 1 # whoever is timed wants to be alone
     job.store = job.checkpoint if isinstance(job.checkpoint, Store) or job.checkpoint is None else Store(job.checkpoint)
-    named = {k: v for k, v in options.items() if k not in ("macs", "methods", "select", "refit", "evaluate", "checkpoint", "progress", "allow_closest", "epochs", "fit_steps", "tries")}
+    named = {k: v for k, v in options.items() if k not in ("macs", "methods", "select", "refit", "evaluate", "checkpoint", "progress", "allow_closest", "epochs", "fit_steps", "tries", "n_jobs")}
     job.key = content_hash(dict(named, state=dict(model.state_dict()), images=job.batches))[:16] if job.store else ""
     return job
