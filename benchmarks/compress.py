@@ -75,11 +75,10 @@ def measure(name, options, tuning, a):
         some = [b for _, b in zip(range(8), d.train)]  # as AIMET: accuracy on about a thousand images with labels
         options = dict(options, evaluate=lambda n: train.accuracy(n, some))
     kept = Path(a.store) / "layers" / name.split("/")[0] / str(seed)  # scored once for all shares and methods
-    start, cpu = time.perf_counter(), time.process_time()
     try: made = compress(net, images, n_jobs=a.jobs, checkpoint=None if name.split("/")[1] in FROM_NOTHING else kept, progress=False, **options)
     except ValueError as e: return dict(refused=str(e))
     before, now = train.logits(net, d.test)[0], train.logits(made.model, d.test)[0]
-    record = dict(share=made.report.share, macs=made.report.macs, seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu, facts=made.report.facts, load=os.getloadavg()[0], agreement=train.agreement(before, now), sqnr_db=train.sqnr_db(before, now))
+    record = dict(share=made.report.share, macs=made.report.macs, facts=made.report.facts, load=os.getloadavg()[0], agreement=train.agreement(before, now), sqnr_db=train.sqnr_db(before, now))
     record |= dict(top1=train.accuracy(made.model, d.test), plan=made.report.plan.to_dict(), rows=[list(r) for r in made.report] if name.endswith("ours/0") else None)
     if tuning:
         start = time.perf_counter()
@@ -93,9 +92,11 @@ def summary(store):
     runs, out = {k.split("/", 1)[1]: store.get(k).meta for k in store.keys() if k.startswith(f"{VERSION}/")}, {}
     for r in runs.values():  # networks that the check builds are evaluations too
         if "tries" in r.get("facts", {}): r["facts"]["evaluations"] = len(r["facts"]["tries"])
+        r.pop("cpu_seconds", None)
+        if "facts" in r: r["seconds"] = r["facts"]["seconds to choose"] + r["facts"]["seconds to fit"]  # as `compress` took them, without what is evaluated here
     for key, r in runs.items(): out.setdefault(key.rsplit("/", 1)[0], []).append(dict(r, seed=int(key.rsplit("/", 1)[1])))
     def spread(rows, k): return dict(mean=mean(r[k] for r in rows), sd=stdev(r[k] for r in rows) if len(rows) > 1 else None)
-    table = {k: {c: spread(rows, c) for c in ("top1", "agreement", "sqnr_db", "tuned_top1", "share", "seconds", "cpu_seconds") if all(c in r for r in rows)} | dict(runs=rows) for k, rows in out.items()}
+    table = {k: {c: spread(rows, c) for c in ("top1", "agreement", "sqnr_db", "tuned_top1", "share", "seconds") if all(c in r for r in rows)} | dict(runs=rows) for k, rows in out.items()}
     floats = {n: runs[n] for n in ("resnet20/float/0", "mobilenet/float/0") if n in runs}
     return dict(what="CIFAR-10 top-1 on 10,000 test images; fits from 1,024 training images", talk=TALK, aimet=AIMET, float={n.split("/")[0]: r["top1"] for n, r in floats.items()},
                 methods=DEFAULT_METHODS, machine=machine(), threads=torch.get_num_threads(), results=table)
@@ -118,7 +119,7 @@ def main():
     for name, options, tuning in jobs():
         if f"{VERSION}/{name}" in store or not any(fnmatch(name, o) for o in a.only): continue
         record = store.cached(f"{VERSION}/{name}", lambda: ({}, measure(name, options, tuning, a))).meta
-        print(name, {k: round(v, 4) if isinstance(v, float) else v for k, v in record.items() if k in ("share", "top1", "tuned_top1", "seconds", "cpu_seconds", "facts", "refused")}, flush=True)
+        print(name, {k: round(v, 4) if isinstance(v, float) else v for k, v in record.items() if k in ("share", "top1", "tuned_top1", "facts", "refused")}, flush=True)
         Path(a.results).write_text(json.dumps(summary(store), indent=1) + "\n")
     Path(a.results).write_text(json.dumps(summary(store), indent=1) + "\n")
 
