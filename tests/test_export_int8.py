@@ -228,11 +228,3 @@ def test_a_path_that_cannot_be_written(resnet, tmp_path):
     for bad in (tmp_path, tmp_path / "file" / "net.onnx"):
         with pytest.raises(OSError): export_int8(qm, bad)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_without_8_bit_dot_products_it_warns(resnet, path, monkeypatch):
-    monkeypatch.setattr("mep.quant.export.has_vnni", lambda: False)
-    qm8, qm7 = (quantize(resnet, pictures(), w_bits=b, progress=False) for b in (8, 7))
-    with pytest.warns(UserWarning, match="w_bits=7"): export_int8(qm8, path, min_sqnr_db=-99)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error"); export_int8(qm7, path)

@@ -8,19 +8,21 @@ __all__ = ['METHODS', 'learn_rounding', 'descend', 'feedback', 'stay_near', 'tab
 # %% ../../nbs/quant/33_adaround.ipynb #0008bcab
 import copy
 import math
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..graph import lockstep, that_fit
 from ..moments import Moments, Quadratic, image_batches, outer, outputs_at, patches, positions, rows
-from .grid import Grid, quantize as to_integers
-from .sim import QuantLayer, QuantModel, _device, quantize
+from .grid import Grid, bound_pairs, neighbours, quantize as to_integers
+from .sim import QuantLayer, QuantModel, _device, _float_logits, _logits, _worst_db, quantize
 from ..store import Store, content_hash
 
 # %% ../../nbs/quant/33_adaround.ipynb #36dc63cc
@@ -55,22 +57,30 @@ def learn_rounding(
         loss = (layer.out.clip(out) - layer.out.clip(y[some])).square().sum(1).mean()
         if t >= .2 * iterations: loss = loss + strength * _undecided(v, t / iterations)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
-    return (down + (v >= 0)).clamp(*limits).detach()
+    q = (down + (v >= 0)).clamp(*limits).detach()
+    return q if layer.grid.pair_limit is None else bound_pairs(q, layer.grid)
 
 # %% ../../nbs/quant/33_adaround.ipynb #3bab49ea
 class _State:
     "Integers q of some rows, and the error's slope, kept up to date while single weights move by +-1"
-    def __init__(self, q, scale, f, grid):
+    def __init__(self, q, scale, f, grid, taps=1):
         self.q, self.f, self.scale, self.lo, self.hi = q.clone(), f, scale, grid.qmin, grid.qmax
         self.slope = 2 * scale * (scale * (q @ f.h) - f.c) # [g, r, d]
         self.curve = scale**2 * f.h.diagonal(dim1=1, dim2=2)[:, None]
         self.groups = torch.arange(len(q), device=q.device)[:, None]
+        self.limit = grid.pair_limit
+        if self.limit is not None: self.partner = neighbours(q.shape[-1], taps).to(q.device)
 
     def steps(self):
-        "For each weight the better of +1 and -1, and how it changes the error; inf at the end of the grid"
+        "For each weight the better of +1 and -1, and how it changes the error; inf at the end of the grid, and at a pair's limit"
         sign = torch.where(self.slope > 0, -1., 1.)
         change, q = self.curve - self.slope.abs(), self.q + sign
+        if self.limit is not None: change.masked_fill_((q + self.beside()).abs() > self.limit, math.inf)
         return sign, change.masked_fill_((q > self.hi) | (q < self.lo), math.inf)
+
+    def beside(self):
+        "The neighbour of each weight; 0 where it has none"
+        return F.pad(self.q, (0, 1))[..., self.partner]
 
     def move(self, j, step):
         "In each row move weight j [g, r] by `step`, +-1 or 0"
@@ -80,15 +90,21 @@ class _State:
 
 def _pick(t, j): return t.gather(-1, j[..., None])[..., 0]
 
+def _nearest(w, scale, grid, taps=1):
+    "The nearest integers of rows [g, r, d] that keep the grid's limits"
+    if grid.pair_limit is None: return (w / scale).round().clamp(grid.qmin, grid.qmax)
+    return bound_pairs((w / scale).reshape(-1, w.shape[-1] // taps, taps), grid).reshape(w.shape)
+
 # %% ../../nbs/quant/33_adaround.ipynb #faaad5b2
 def descend(
     q:Tensor, # Integers to begin with, as floats [g, r, d]
     scale:Tensor, # Their step, [g, r, 1]
     f:Quadratic, # What is to be minimised
-    grid:Grid, # Gives the lowest and highest integer
+    grid:Grid, # Gives the lowest and highest integer, and the limit for pairs
+    taps:int=1, # Positions of the kernel: tells which weights are neighbours, if the grid has a `pair_limit`
 )->Tensor: # Integers that no single step of 1 improves
     "The best step of each row, as long as there is one"
-    state = _State(q, scale, f, grid)
+    state = _State(q, scale, f, grid, taps)
     least = 1e-6 * state.curve.mean(-1)
     while True:
         sign, change = state.steps()
@@ -101,7 +117,8 @@ def descend(
 def feedback(
     scale:Tensor, # Step of the integers, [g, r, 1]
     f:Quadratic, # What is to be minimised; h must have an inverse
-    grid:Grid, # Gives the lowest and highest integer
+    grid:Grid, # Gives the lowest and highest integer, and the limit for pairs
+    taps:int=1, # As in `descend`
     block:int=64, # Weights between two updates of all that follow
 )->Tensor: # Integers as floats [g, r, d]
     "Round one weight after the other; each error is passed on to the weights not yet rounded"
@@ -109,15 +126,29 @@ def feedback(
     h, c = f.h[:, order][..., order].double(), f.c[..., order].double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     w, u = (c @ inverse).float(), torch.linalg.cholesky(inverse, upper=True).float()
-    q, s = torch.empty_like(w), scale[..., 0]
+    q, s, partner = torch.empty_like(w), scale[..., 0], _partners(order, grid, taps)
     for a in range(0, w.shape[-1], block):
         now, error = w[..., a:a+block], torch.empty_like(w[..., a:a+block])
         for i in range(now.shape[-1]):
-            q[..., a+i] = (now[..., i] / s).round().clamp(grid.qmin, grid.qmax)
+            lo, hi = _room(q, a + i, partner, grid)
+            q[..., a+i] = (now[..., i] / s).round().clamp(lo, hi)
             error[..., i] = (now[..., i] - q[..., a+i] * s) / u[:, None, a+i, a+i]
             now[..., i:] -= error[..., i, None] * u[:, None, a+i, a+i:a+block]
         w[..., a+block:] -= error @ u[:, a:a+block, a+block:]
     return q[..., order.argsort()]
+
+# %% ../../nbs/quant/33_adaround.ipynb #4524e58b
+def _partners(order, grid, taps):
+    "For each place in the order the place of its neighbour, -1: none"
+    if grid.pair_limit is None: return None
+    partner = neighbours(len(order), taps).to(order.device)[order]
+    return order.argsort()[partner].where(partner >= 0, -1).tolist()
+
+def _room(q, k, partner, grid):
+    "The lowest and highest integer for place k; less if its neighbour is rounded already"
+    if partner is None or not 0 <= partner[k] < k: return grid.qmin, grid.qmax
+    beside = q[..., partner[k]]
+    return (-grid.pair_limit - beside).clamp(min=grid.qmin), (grid.pair_limit - beside).clamp(max=grid.qmax)
 
 # %% ../../nbs/quant/33_adaround.ipynb #357d66b0
 def stay_near(
@@ -137,10 +168,11 @@ def tabu(
     f:Quadratic, # What is to be minimised
     grid:Grid, # Gives the lowest and highest integer
     steps:int=500, # How long to walk
+    taps:int=1, # Positions of the kernel: tells which weights are neighbours, if the grid has a `pair_limit`
     seed:int=0, # Of the times for which a weight must rest
 )->Tensor: # The best integers seen
     "Keep taking the best step, uphill if need be; a weight that moved rests for 5 to 10 % of the row's length"
-    state, rest = _State(descend(q, scale, f, grid), scale, f, grid), max(3, q.shape[-1] // 20)
+    state, rest = _State(descend(q, scale, f, grid, taps), scale, f, grid, taps), max(3, q.shape[-1] // 20)
     best, now, least = state.q.clone(), 0, torch.zeros(q.shape[:2], device=q.device)
     until, random = torch.zeros_like(q), torch.Generator().manual_seed(seed)
     for t in range(steps):
@@ -152,24 +184,28 @@ def tabu(
         now = now + change.where(can, 0)
         better = now < least
         if better.any(): least, best = now.where(better, least), state.q.where(better[..., None], best)
-    return descend(best, scale, f, grid)
+    return descend(best, scale, f, grid, taps)
 
 # %% ../../nbs/quant/33_adaround.ipynb #4fd804b8
 def try_all(
     q:Tensor, # Integers to begin with, as floats [g, r, d], d at most 9
     scale:Tensor, # Their step, [g, r, 1]
     f:Quadratic, # What is to be minimised
-    grid:Grid, # Gives the lowest and highest integer
+    grid:Grid, # Gives the lowest and highest integer, and the limit for pairs
+    taps:int=1, # As in `descend`
 )->Tensor: # Integers that no combination of steps of 1 improves
     "For each row the best of all 3^d combinations of steps, as long as one helps. Raises ValueError for longer rows."
     if (d := q.shape[-1]) > 9: raise ValueError(f"rows of {d} weights have 3^{d} combinations: use tabu beyond 9")
     delta = torch.cartesian_prod(*[torch.tensor([0., -1., 1.])] * d).view(-1, d).to(q.device) # [3^d, d]
     pairs = outer(delta, delta).flatten(1)
     while True:
-        state = _State(q, scale, f, grid)
+        state = _State(q, scale, f, grid, taps)
         curves = (scale[..., None]**2 * f.h[:, None]).flatten(2) # [g, r, d*d]
         change = curves @ pairs.T + state.slope @ delta.T # [g, r, 3^d]
         change.masked_fill_((q >= grid.qmax).float() @ (delta > 0).float().T + (q <= grid.qmin).float() @ (delta < 0).float().T > 0, math.inf)
+        if grid.pair_limit is not None:
+            for a, b in enumerate(state.partner.tolist()):
+                if a < b: change.masked_fill_((q[..., a, None] + q[..., b, None] + delta[:, a] + delta[:, b]).abs() > grid.pair_limit, math.inf)
         if (change.amin(-1) >= -1e-6 * state.curve.mean(-1)).all(): return q
         q = q + delta[change.argmin(-1)]
 
@@ -202,17 +238,18 @@ def solve(
     f:Quadratic, # What is to be minimised
     effort:float=1., # Steps of `tabu`, in units of the row's length; 0: none
     refit:bool=True, # Whether the scale may change
+    taps:int=1, # As in `descend`
 )->tuple[Tensor, Tensor]: # Integers [g, r, d] and scale [g, r, 1]
     "Error feedback, descent and new scales in turn, then tabu search; rows up to 9 weights are solved by `try_all`. Never worse than nearest."
     f, shared = stay_near(f, w), grid.axis is None
     scale = grid.scale.to(w).reshape(-1).expand(w.shape[0] * w.shape[1]).view(*w.shape[:2], 1)
-    starts = [_in_blocks(descend, q, scale, f, grid) for q in ((w / scale).round().clamp(grid.qmin, grid.qmax), feedback(scale, f, grid))]
+    starts = [_in_blocks(descend, q, scale, f, grid, taps=taps) for q in (_nearest(w, scale, grid, taps), feedback(scale, f, grid, taps))]
     errors = [f.error(q * scale) for q in starts]
     q = starts[1].where((errors[1] < errors[0])[..., None], starts[0])
     steps = int(min(effort * w.shape[-1], effort * 2e8 / w.numel()))
     for search in (descend, descend, try_all if w.shape[-1] <= 9 else tabu if steps else descend, descend):
         if refit: scale = refit_scale(q, scale, f, shared)
-        q = _in_blocks(search, q, scale, f, grid, **(dict(steps=steps) if search is tabu else dict(size=2**12) if search is try_all else {}))
+        q = _in_blocks(search, q, scale, f, grid, taps=taps, **(dict(steps=steps) if search is tabu else dict(size=2**12) if search is try_all else {}))
     return q, scale
 
 # %% ../../nbs/quant/33_adaround.ipynb #8161ca3e
@@ -235,7 +272,8 @@ def _quadratic(stop, samples, residual, seed):
 def _round_by_gram(stop, options):
     f = _quadratic(stop, options["samples"], options["residual"], options["seed"])
     op, grid = stop.changed.op, stop.changed.grid
-    q, scale = solve(rows(stop.exact.weight, op), grid, f, options["effort"], options["refit"])
+    taps = op.weight[0, 0].numel()
+    q, scale = solve(rows(stop.exact.weight, op), grid, f, options["effort"], options["refit"], taps)
     found = dict(weight_q=q.view_as(op.weight), scale=scale[0, 0, 0] if grid.axis is None else scale.flatten())
     return found if op.bias is None else found | dict(bias=f.bias(q * scale))
 
@@ -290,15 +328,38 @@ def adaround(
 )->QuantModel:
     """A copy of the network on simulated integers, its weights rounded so that each layer's output stays close (Nagel et al. 2020).
 
-    Raises what `quantize` raises, ValueError for an unknown method, `mep.store.LockedError` if another run uses the checkpoint."""
+    Some images are held out to judge it: where rounding to nearest keeps the outputs better, that is returned, with a warning. Raises what `quantize` raises, ValueError for an unknown method, `mep.store.LockedError` if another run uses the checkpoint."""
     if method not in METHODS: raise ValueError(f"method={method!r} is unknown; known are {', '.join(METHODS)}")
     options = dict(method=method, iterations=iterations, lr=lr, samples=samples, effort=effort, refit=refit, residual=residual, seed=seed)
     layer_bits = {k: v if isinstance(v, (tuple, list)) else (v, a_bits) for k, v in (layer_bits or {}).items()}
-    batches = [b.to(_device(model)) for b in image_batches(calib)]
+    fitted, held = _hold_out([b.to(_device(model)) for b in image_batches(calib)])
     settings = dict(w_bits=w_bits, a_bits=a_bits, per_channel=per_channel, layer_bits=layer_bits, **kw)
-    qm = quantize(model, batches, progress=False, **settings)
+    qm = quantize(model, fitted, progress=False, memory=min(memory, 1e9), **settings)
+    nearest = copy.deepcopy(qm)
     store = checkpoint if isinstance(checkpoint, Store) or checkpoint is None else Store(checkpoint)
-    options["key"] = content_hash(dict(options, settings=repr(settings), state=dict(model.state_dict()), calib=batches))[:16] if store else ""
+    options["key"] = content_hash(dict(options, settings=repr(settings), state=dict(model.state_dict()), calib=fitted))[:16] if store else ""
     with torch.no_grad(), store.lock() if store else nullcontext():
-        _solve_layers(qm, that_fit(qm.net, batches, memory), store, options, progress)
-    return qm
+        _solve_layers(qm, that_fit(qm.net, fitted, memory), store, options, progress)
+    return _judged(qm, nearest, fitted[0][:8] if held is None else held)
+
+# %% ../../nbs/quant/33_adaround.ipynb #f380d7b8
+def _hold_out(batches):
+    "Images to fit with, and an eighth to judge with (at most 64); none of fewer than 12"
+    images = sum(map(len, batches))
+    if images < 12: return batches, None
+    every = 8 if images >= 32 else 4
+    fitted, held, seen = [], [], 0
+    for b in batches:
+        out = (torch.arange(seen, seen + len(b)) % every == every - 1).to(b.device)
+        fitted.append(b[~out])
+        held.append(b[out])
+        seen += len(b)
+    return [b for b in fitted if len(b)], torch.cat(held)[:64]
+
+def _judged(qm, nearest, x):
+    "The rounded network, or the nearest where that keeps the outputs better on images that neither was fitted to"
+    want = _float_logits(nearest, x, 1e9)
+    rounded, plain = (_worst_db(want, _logits(q, x, 1e9)) for q in (qm, nearest))
+    if rounded >= plain: return qm
+    warnings.warn(f"rounding to nearest is returned: on {len(x)} images held out it keeps {plain:.1f} dB of the outputs, adaround {rounded:.1f} dB. More calibration images help", stacklevel=3)
+    return nearest

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..cost import Profile, Table, profile
 from ..graph import note_shapes
 from ..moments import image_batches
-from .grid import Grid, fake_quant, make_grid, mse_range
-from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _calibrate, _check, _device, _module, _same, _structure, _what
+from .grid import Grid, bound_pairs, fake_quant, make_grid, mse_range
+from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _calibrate, _check, _device, _module, _same, _some_images, _structure, _what
 from ..train import fit
 
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #7b2771c0
@@ -279,7 +279,7 @@ def _finish(net, skeleton):
         layer.weight.copy_(m.weight * keep.view(-1, *[1] * (m.weight.ndim - 1)))
         if layer.bias is not None: layer.bias.copy_(m.bias * keep)
         layer.n_bits = m.nested.n_bits
-        if layer.n_bits < 32: layer.set_grid(_plain(m.nested.grid()))
+        if layer.n_bits < 32: layer.set_grid(replace(_plain(m.nested.grid()), pair_limit=layer.pair_limit(layer.n_bits)))
     return qm.eval().requires_grad_(False)
 
 def _plain(grid): return grid and replace(grid, scale=grid.scale.detach().clone())
@@ -325,14 +325,14 @@ def _file(checkpoint, phase): return None if checkpoint is None else f"{checkpoi
 
 def _prepare(model, data, max_bits, start_bits, per_channel, prune, skip):
     "The skeleton of sim, and the same with gates"
-    settings = dict(w_bits=8, a_bits=8, per_channel=per_channel, skip=list(skip), layer_bits={})
+    settings = dict(w_bits=8, a_bits=8, per_channel=per_channel, skip=list(skip), layer_bits={}, cpu="any")
     _check(model, settings, "mse", None)
     batches = _first(data)
     x = batches[0][:2].to(_device(model))
     qm = _structure(model, x, settings)
     _same(model, qm, x)
     if not qm.layers(): raise ValueError("nothing to quantize: the network has no convolution or linear layer that runs on integers")
-    qm.check_batch = batches[0][:4].cpu()
+    qm.check_batch = _some_images(batches, 32).cpu()
     if qm.report.floats: warnings.warn("left in float: " + ", ".join(f"{n} ({why})" for n, why in qm.report.floats.items()), stacklevel=3)
     return qm, _gated(qm, batches, max_bits, start_bits, per_channel, prune)
 
@@ -506,7 +506,9 @@ def _cut(m, out, into):
     if _depthwise(m): op.groups = op.in_channels = int(out.sum())
     elif not into.all(): setattr(op, "in_features" if isinstance(op, nn.Linear) else "in_channels", weight.shape[1])
     setattr(op, "out_features" if isinstance(op, nn.Linear) else "out_channels", len(weight))
-    op.weight, m.weight_q = nn.Parameter(weight, requires_grad=False), weight_q
+    op.weight = nn.Parameter(weight, requires_grad=False)
+    m.weight_q = weight_q
+    if m.on and m.grid.pair_limit is not None and not into.all(): m.weight_q = bound_pairs(weight_q.float(), m.grid).to(weight_q) # other neighbours
     if op.bias is not None: op.bias = nn.Parameter(op.bias[out.to(op.bias.device)], requires_grad=False)
     if m.on and m.grid.axis == 0: m.grid = replace(m.grid, scale=m.scale[out.to(m.scale.device)], zero_point=m.zero_point[out.to(m.scale.device)])
 
