@@ -31,6 +31,7 @@ NBS = ROOT / "nbs"
 # What most notebooks import. It is loaded once and inherited by each process; nothing here starts a thread (onnxruntime does, so it is not here).
 PRELOAD = ["torch", "torchvision", "torch.onnx", "torch.export", "sklearn.linear_model", "scipy.stats", "matplotlib.pyplot", "nbdev.test", "nbdev.showdoc"]
 QUIET = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg")  # one thread a process, no windows
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)(?::?\s*(.*?))?\s*$", re.M)
 
 
@@ -187,7 +188,7 @@ def run_all(paths, flags, jobs):
     "Run notebooks, `jobs` at a time, and yield each one's `Run` as it ends."
     fork = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if fork else "spawn")
-    if fork:
+    if fork and len(paths) > jobs:  # else nobody would inherit anything that another has not loaded as soon
         context.set_forkserver_preload(PRELOAD)
     waiting, running = longest_first(paths), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -288,7 +289,7 @@ def store_all(paths):
             print(f"{time.perf_counter() - start:7.1f} s  {title(path)}", flush=True)
         except CellExecutionError as error:
             failed += 1
-            print(f"{title(path)}: not stored.\n{error}", flush=True)
+            print(f"{title(path)}: not stored.\n{COLOUR.sub('', str(error))}", flush=True)
     return failed
 
 
