@@ -73,26 +73,28 @@ def undocumented(tree):
             yield f"{node.name} is public and has no docstring"
 
 
-def forbidden(tree, room):
-    "Imports that the house does not allow in `room`: a wing's name, 'pipeline', or '' for a foundation."
-    above = {"": WINGS | {"pipeline"}, "pipeline": set()}.get(room, WINGS - {room} | {"pipeline"})
+def imported(tree, module):
+    "The modules of mep that a module imports, by their full names: exported code says `from ..train import fit`."
+    package = module.relative_to(ROOT).parent.parts
     for node in ast.walk(tree):
-        module = isinstance(node, ast.ImportFrom) and node.module or ""
-        if not module.startswith("mep"):
-            continue
-        if (module + ".").split(".")[1] in above:
-            yield f"imports {module}: {'a foundation imports foundations only' if not room else 'a wing imports foundations, never another wing'}"
-        for name in node.names:
-            if re.match("_[^_]", name.name):
-                yield f"imports {module}.{name.name}, which is private: make it public where it is, with a name of the field"
+        if isinstance(node, ast.ImportFrom):
+            above = package[:len(package) - node.level + 1] if node.level else ()
+            yield ".".join([*above, node.module or ""])
+
+
+def forbidden(tree, module):
+    "Imports against the order of the house: foundations, then four wings that do not know each other, then the pipeline."
+    room = module.relative_to(ROOT / "mep").parent.as_posix()
+    above = {".": WINGS | {"pipeline"}, "pipeline": set()}.get(room, WINGS - {room} | {"pipeline"})
+    for name in imported(tree, module):
+        if name.startswith("mep.") and name.split(".")[1] in above:
+            yield f"imports {name}: a {'foundation' if room == '.' else 'wing'} imports foundations only, and what two wings need is one"
 
 
 def rules(module):
     "What a module of mep does against the house's rules."
     tree = ast.parse(module.read_text(encoding="utf-8"))
-    folder = module.relative_to(ROOT / "mep").parent.as_posix()
-    found = [*undocumented(tree), *forbidden(tree, folder.strip("."))]
-    return [f"{module.relative_to(ROOT)}: {what}" for what in found]
+    return [f"{module.relative_to(ROOT)}: {what}" for what in (*undocumented(tree), *forbidden(tree, module))]
 
 
 def stale(path):
