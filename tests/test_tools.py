@@ -110,6 +110,14 @@ def test_time_and_memory_are_those_of_the_child(ran):
         assert 0 < ran[name].cpu and 0 < ran[name].seconds and 10e6 < ran[name].bytes < 4e9
 
 
+def test_the_seconds_of_joblibs_workers_count(notebooks, tmp_path):
+    lines = "import time\ndef work(i):\n    end = time.process_time() + 1\n    while time.process_time() < end: pass\n"
+    path = saved(tmp_path, "parallel", "import joblib", lines + "joblib.Parallel(2)(joblib.delayed(work)(i) for i in range(4));")
+    run, = notebooks.run_all([path], [], jobs=1)
+    assert run.passed, run.text
+    assert run.cpu > 4
+
+
 def test_the_summary_counts_and_adds_up(notebooks):
     runs = [notebooks.Run(Path(name), name != "b", 1., 2., size) for name, size in (("a", 1e9), ("b", 3e9), ("c", 2e9))]
     line = notebooks.summary(runs, 60, jobs=2)
@@ -179,16 +187,17 @@ def join_first_two(cells):
 
 @pytest.mark.parametrize("edit", [
     set_source(0, "# Another title"), set_source(2, "#| fig-alt: a rising line\nplot(x)"), set_source(2, "#| echo: false\nplot(x)"),
+    set_source(2, "#| slow\nplot(x)"),
     lambda cells: cells.insert(1, text("A paragraph.")), lambda cells: cells[1].update(outputs=[dict(output_type="stream", name="stdout", text=["1"])])],
-    ids=["title", "alternative text", "echo", "paragraph", "output"])
+    ids=["title", "alternative text", "echo", "slow", "paragraph", "output"])
 def test_words_and_looks_leave_outputs_fresh(notebooks, edit):
     assert notebooks.code_hash(changed(SAMPLE, edit)) == notebooks.code_hash(SAMPLE)
 
 
 @pytest.mark.parametrize("edit", [
-    set_source(1, "x = 2"), set_source(3, "gone()"), lambda cells: cells.append(code("x")), lambda cells: cells.pop(),
+    set_source(1, "x = 2"), set_source(2, "#| fig-alt: a line\nplot(y)"), set_source(3, "gone()"), lambda cells: cells.append(code("x")), lambda cells: cells.pop(),
     lambda cells: cells.insert(1, cells.pop(2)), join_first_two],
-    ids=["code", "eval", "new cell", "cell less", "order", "cells joined"])
+    ids=["code", "code below a directive", "eval", "new cell", "cell less", "order", "cells joined"])
 def test_code_makes_outputs_stale(notebooks, edit):
     assert notebooks.code_hash(changed(SAMPLE, edit)) != notebooks.code_hash(SAMPLE)
 

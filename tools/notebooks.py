@@ -32,7 +32,7 @@ NBS = ROOT / "nbs"
 PRELOAD = ["torch", "torchvision", "torch.onnx", "torch.export", "sklearn.linear_model", "scipy.stats", "matplotlib.pyplot", "nbdev.test", "nbdev.showdoc"]
 QUIET = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg")  # one thread a process, no windows
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)(?::?\s*(.*?))?\s*$", re.M)
+DIRECTIVE = re.compile(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*?)[ \t]*$", re.M)
 
 
 # Notebooks as files
@@ -111,16 +111,23 @@ class Run(NamedTuple):
     passed: bool
     seconds: float  # by the clock
     cpu: float      # seconds of processor time, of its own children as well
-    bytes: int      # of memory, at most
+    bytes: int      # of memory: its own peak and that of its largest child
     text: str = ""  # what to read if it failed
 
 
 def used():
-    "Seconds of processor time and the peak of memory in bytes, of this process so far."
+    "Seconds of processor time and the peak of memory in bytes, of this process and of the children that have ended."
     mine, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = sum(r.ru_utime + r.ru_stime for r in (mine, others))
     unit = 1 if sys.platform == "darwin" else 1024
-    return cpu, mine.ru_maxrss * unit
+    return cpu, (mine.ru_maxrss + others.ru_maxrss) * unit
+
+
+def end_workers():
+    "End joblib's workers, which would wait for more to do: what they used counts as ours only when they have ended."
+    if "joblib.externals.loky" in sys.modules:
+        from joblib.externals.loky import get_reusable_executor
+        get_reusable_executor().shutdown(wait=True)
 
 
 def child(path, flags, log, pipe):
@@ -136,6 +143,7 @@ def child(path, flags, log, pipe):
     os.chdir(NBS)
     passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), force_flags=flags, basepath=ROOT)
     source = "" if passed else failing_cell(path)
+    end_workers()
     sys.stderr.flush()
     pipe.send((bool(passed), time.perf_counter() - start, *used(), source))
 
