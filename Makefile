@@ -39,7 +39,7 @@ test-all: $(STAMP)  ## the same with all that is slow
 	@$(QUIET) $(BIN)/python tools/notebooks.py --jobs $(JOBS) --flags slow
 	@$(QUIET) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests
 
-check: $(STAMP)  ## clean -> export changes nothing; notebooks hold no paths and stay small; README is fresh; ruff
+check: $(STAMP)  ## clean -> export changes nothing; outputs are of today's code and fit to publish; README is fresh; ruff
 	@$(BIN)/python tools/check.py
 	@$(BIN)/ruff check --quiet mep tests benchmarks tools setup.py && echo "ruff: ok"
 

@@ -1,5 +1,5 @@
-"""The sync check: clean -> export -> clean must change nothing, what the notebooks store must come from their code and be fit to publish,
-and the modules must keep the house's rules, as far as a machine can tell.
+"""The sync check: clean -> export -> clean must change nothing, what the notebooks store must come from their code and
+be fit to publish, and the modules must keep the house's rules, as far as a machine can tell.
 
 Works on the tree as it is, committed or not: it compares files before and after, so it never needs git.
 """
@@ -61,8 +61,10 @@ def orphans():
 
 def public(tree):
     "The names in a module's __all__."
-    found = [node.value for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"]
-    return ast.literal_eval(found[0]) if found else []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
 
 
 def undocumented(tree):
@@ -83,12 +85,13 @@ def imported(tree, module):
 
 
 def forbidden(tree, module):
-    "Imports against the order of the house: foundations, then four wings that do not know each other, then the pipeline."
+    "Imports against the house's order: foundations, then four wings that don't know each other, then the pipeline."
     room = module.relative_to(ROOT / "mep").parent.as_posix()
     above = {".": WINGS | {"pipeline"}, "pipeline": set()}.get(room, WINGS - {room} | {"pipeline"})
     for name in imported(tree, module):
         if name.startswith("mep.") and name.split(".")[1] in above:
-            yield f"imports {name}: a {'foundation' if room == '.' else 'wing'} imports foundations only, and what two wings need is one"
+            who = "a foundation" if room == "." else "a wing"
+            yield f"imports {name}: {who} imports foundations only, and what two wings need is one"
 
 
 def rules(module):
@@ -136,7 +139,8 @@ def main():
     fresh = subprocess.run([sys.executable, str(ROOT / "tools" / "readme.py"), "--check"], capture_output=True, text=True)
     if fresh.returncode:
         problems.append(fresh.stdout.strip() or fresh.stderr.strip())
-    print("\n".join(problems) or f"check: ok ({len(notebooks)} notebooks in sync with mep/, stored outputs of today's code and fit to publish, README.md fresh)")
+    fine = f"check: ok ({len(notebooks)} notebooks in sync with mep/, outputs of today's code and fit to publish, README.md fresh)"
+    print("\n".join(problems) or fine)
     sys.exit(bool(problems))
 
 

@@ -1,13 +1,14 @@
 """Run the book's notebooks, each in a process of its own, or store their outputs.
 
-python tools/notebooks.py                     run them all as nbdev_test does: what is marked slow or gpu is left out
+python tools/notebooks.py                     run them all as nbdev_test does: without what is marked slow or gpu
 python tools/notebooks.py --flags slow        slow cells, too
 python tools/notebooks.py 24_select 33        these only: names, numbers or paths
-python tools/notebooks.py --store 24_select   execute every cell, from top to bottom, and store the outputs in the notebook
+python tools/notebooks.py --store 24_select   execute every cell, and store the outputs in the notebook
 python tools/notebooks.py --stamp 24_select   only say that the stored outputs are those of the code above them
 
-Of each notebook two things are remembered in its metadata, under "mep": a hash of the code that its stored outputs came from, by which
-tools/check.py knows outputs that are older than their code, and the seconds that its quick cells took, by which the longest runs first.
+Two things are remembered in a notebook's metadata, under "mep": a hash of the code that its stored outputs came
+from, by which tools/check.py knows outputs that are older than their code, and the seconds that its quick cells
+took, by which the longest runs first.
 """
 import argparse
 import faulthandler
@@ -28,8 +29,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-# What most notebooks import. It is loaded once and inherited by each process; nothing here starts a thread (onnxruntime does, so it is not here).
-PRELOAD = ["torch", "torchvision", "torch.onnx", "torch.export", "sklearn.linear_model", "scipy.stats", "matplotlib.pyplot", "nbdev.test", "nbdev.showdoc"]
+# What most notebooks import is loaded once and inherited by each process. Nothing here starts a thread, for threads
+# don't survive a fork: onnxruntime does, so it is not here.
+PRELOAD = ["torch", "torchvision", "torch.onnx", "torch.export", "sklearn.linear_model", "scipy.stats",
+           "matplotlib.pyplot", "nbdev.test", "nbdev.showdoc"]
 QUIET = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg")  # one thread a process, no windows
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 DIRECTIVE = re.compile(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*?)[ \t]*$", re.M)
@@ -60,9 +63,12 @@ def is_off(cell):
 
 
 def code_hash(notebook):
-    "A hash of what the outputs depend on: the code cells in order, without the directives that say how they are shown."
-    code = ["\0eval: false" * is_off(cell) + DIRECTIVE.sub("", "".join(cell["source"])).strip() for cell in code_cells(notebook)]
-    return hashlib.sha256("\0\0".join(code).encode()).hexdigest()[:16]
+    "A hash of what the outputs depend on: the code cells in order, without what says how they are shown."
+    digest = hashlib.sha256()
+    for cell in code_cells(notebook):
+        code = DIRECTIVE.sub("", "".join(cell["source"])).strip()
+        digest.update(f"{'off' if is_off(cell) else 'on'}: {code}\0".encode())
+    return digest.hexdigest()[:16]
 
 
 def remembered(notebook):
@@ -91,9 +97,12 @@ def find(names):
     book = every_notebook()
     found = []
     for name in names:
-        meant = [Path(name).resolve()] if Path(name).is_file() else [p for p in book if name in (p.stem, p.stem.split("_")[0])]
+        meant = [p for p in book if name in (p.stem, p.stem.split("_")[0])]
+        if Path(name).is_file():
+            meant = [Path(name).resolve()]
         if not meant:
-            sys.exit(f"no notebook {name!r}: give a path, or a name or number of these: {' '.join(p.stem for p in book)}")
+            known = " ".join(p.stem for p in book)
+            sys.exit(f"no notebook {name!r}: give a path, or a name or number of these: {known}")
         found += meant
     return found or book
 
@@ -177,7 +186,8 @@ class Job:
             passed, seconds, cpu, peak, source = self.pipe.recv()
         except EOFError:
             seconds = time.perf_counter() - self.start
-            return Run(self.path, False, seconds, 0, 0, f"the process died with exit code {self.process.exitcode}\n\n{log}")
+            died = f"the process died with exit code {self.process.exitcode}"
+            return Run(self.path, False, seconds, 0, 0, f"{died}\n\n{log}")
         return Run(self.path, passed, seconds, cpu, peak, f"{source}\n\n{log}")
 
     def kill(self):
@@ -213,14 +223,15 @@ def run_all(paths, flags, jobs):
 
 
 def line(run):
-    return f"{run.seconds:7.1f} s {run.cpu:7.1f} s {run.bytes / 1e9:6.2f} GB  {title(run.path)}{'' if run.passed else '  FAILED'}"
+    numbers = f"{run.seconds:7.1f} s {run.cpu:7.1f} s {run.bytes / 1e9:6.2f} GB"
+    return f"{numbers}  {title(run.path)}{'' if run.passed else '  FAILED'}"
 
 
 def summary(runs, seconds, jobs):
     failed = sum(not run.passed for run in runs)
     peak = sum(sorted(run.bytes for run in runs)[-jobs:]) / 1e9  # if the largest met
-    cpu = sum(run.cpu for run in runs)
-    return f"notebooks: {len(runs) - failed} passed, {failed} failed in {seconds:.0f} s ({cpu:.0f} s of processor time; at most {peak:.1f} GB at once)"
+    cost = f"{sum(run.cpu for run in runs):.0f} s of processor time; at most {peak:.1f} GB at once"
+    return f"notebooks: {len(runs) - failed} passed, {failed} failed in {seconds:.0f} s ({cost})"
 
 
 def test(paths, flags, jobs):
@@ -269,7 +280,8 @@ def execute(path):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     notebook = nbformat.read(path, as_version=4)
-    Client(notebook, timeout=None, resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    where = dict(metadata=dict(path=str(path.parent)))
+    Client(notebook, timeout=None, coalesce_streams=True, resources=where).execute()
     quick = [cell for cell in code_cells(notebook) if not {"slow", "gpu"} & directives(cell).keys()]
     for cell in code_cells(notebook):
         cell["outputs"] = [output for output in cell["outputs"] if fit_to_store(output)]
@@ -311,8 +323,8 @@ def stamp_all(paths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="notebooks: names, numbers or paths; none: all")
-    parser.add_argument("--flags", default="", help="directives whose cells run although settings.ini leaves them out: 'slow gpu'")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="notebooks at a time (default: one for each processor)")
+    parser.add_argument("--flags", default="", help="run cells that settings.ini leaves out: 'slow gpu'")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (default: one a processor)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--store", action="store_true", help="execute every cell and store the outputs")
     mode.add_argument("--stamp", action="store_true", help="take the stored outputs for those of today's code")
