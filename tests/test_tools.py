@@ -290,6 +290,14 @@ def test_modules_keep_the_rules(check, tmp_path, name, source, found):
     assert found in "".join(problems)
 
 
+def test_the_reference_page_names_what_is_public(check, tmp_path):
+    made = module(tmp_path, "a.py", "__all__ = ['old', 'new', 'X']\nX = 1\ndef old(): 'Is.'\ndef new(): 'Is.'")
+    page = tmp_path / "reference.ipynb"
+    page.write_text(json.dumps(notebook(code("table()", [printed("| [`old`](a.ipynb) | Is. |")]))))
+    found, = check.unlisted(page, [made])
+    assert "new of mep/a.py is missing" in found and "--store reference.ipynb" in found
+
+
 def test_what_is_unfit_to_store_is_found(check, tmp_path):
     error = dict(output_type="error", ename="E", evalue="", traceback=[])
     outputs = [error, printed("a warning", "stderr"), printed("50%|#####     |"), printed("/home/me/file")]

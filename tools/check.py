@@ -100,6 +100,18 @@ def rules(module):
     return [f"{module.relative_to(ROOT)}: {what}" for what in (*undocumented(tree), *forbidden(tree, module))]
 
 
+def unlisted(reference, modules):
+    "Public functions and classes that the reference page, whose outputs are made from the modules, doesn't name yet."
+    page = reference.read_text(encoding="utf-8")
+    for module in modules:
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for name in sorted(defined.intersection(public(tree))):
+            if f"[`{name}`]" not in page:
+                yield f"{reference.relative_to(ROOT)}: {name} of {module.relative_to(ROOT)} is missing; " \
+                      f"run: python tools/notebooks.py --store {reference.relative_to(ROOT)}"
+
+
 def stale(path):
     "A notebook whose code changed since its outputs were stored."
     name = path.relative_to(ROOT)
@@ -136,6 +148,7 @@ def main():
     modules = [p for p in files() if p.suffix == ".py" and p.name not in ("__init__.py", "_modidx.py")]
     problems += [s for p in notebooks for s in (*stale(p), *stored(p))]
     problems += [s for p in modules for s in rules(p)]
+    problems += unlisted(ROOT / "nbs" / "reference.ipynb", modules)
     fresh = subprocess.run([sys.executable, str(ROOT / "tools" / "readme.py"), "--check"], capture_output=True, text=True)
     if fresh.returncode:
         problems.append(fresh.stdout.strip() or fresh.stderr.strip())
