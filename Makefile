@@ -6,15 +6,17 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 OUT    ?= runs/demo
+# One thread a process, and no windows:
+QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MPLBACKEND=agg
 # The first Python 3.10-3.13 that can make virtual environments; `make PYTHON=/path/to/python demo` overrides it.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: help setup demo test check docs lab pins clean
+.PHONY: help setup demo test test-all check docs lab pins clean
 
 help:  ## this list
 	@echo "make TARGET    (set-up is automatic; the first call installs PyTorch and takes a few minutes)"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 $(STAMP): setup.py settings.ini constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "mep needs Python 3.10-3.13 with venv (Debian: apt install python3-venv). None was found; name one: make PYTHON=/path/to/python"; exit 1; }
@@ -29,11 +31,15 @@ setup: $(STAMP)  ## make .venv with everything in it (constraints.txt pins every
 demo: $(STAMP)  ## the main job: train, quantize to INT8, export, measure; ends with a table and runs/demo/report.html
 	@$(BIN)/mep run --data shapes --out $(OUT)
 
-test: $(STAMP)  ## run every notebook and every test, one process per core
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MPLBACKEND=agg $(BIN)/nbdev_test --n_workers $(JOBS)
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MPLBACKEND=agg $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests
+test: $(STAMP)  ## run every notebook, then every test, one process per core; what is marked slow is left out
+	@$(QUIET) $(BIN)/python tools/notebooks.py --jobs $(JOBS)
+	@$(QUIET) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" tests
 
-check: $(STAMP)  ## clean -> export changes nothing; notebooks hold no paths and stay small; README is fresh; ruff
+test-all: $(STAMP)  ## the same with all that is slow
+	@$(QUIET) $(BIN)/python tools/notebooks.py --jobs $(JOBS) --flags slow
+	@$(QUIET) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests
+
+check: $(STAMP)  ## clean -> export changes nothing; outputs are of today's code and fit to publish; README is fresh; ruff
 	@$(BIN)/python tools/check.py
 	@$(BIN)/ruff check --quiet mep tests benchmarks tools setup.py && echo "ruff: ok"
 

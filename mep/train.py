@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['REFERENCES', 'OPTIMIZERS', 'BasicBlock', 'SqueezeExcite', 'InvertedResidual', 'small_resnet', 'small_mobilenet',
            'reference', 'evaluating', 'logits', 'accuracy', 'agreement', 'sqnr_db', 'cosine', 'Ema', 'soft_targets',
-           'tap', 'feature_loss', 'make_optimizer', 'NanError', 'first_nonfinite', 'Fit', 'fit', 'recalibrate_bn']
+           'tap', 'feature_loss', 'make_optimizer', 'NanError', 'first_nonfinite', 'progress_bar', 'Fit', 'fit',
+           'recalibrate_bn']
 
 # %% ../nbs/01_train.ipynb #e3085723
 import copy
 import math
 import random
+import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -434,6 +436,26 @@ def _objective(run, x, y):
     hints = sum((feature_loss(mine[a], theirs[b], f"{a!r} and {b!r}") for a, b in names.items()), torch.zeros((), device=x.device))
     return (1 - r.alpha) * hard + r.alpha * soft + r.feature_weight * hints
 
+# %% ../nbs/01_train.ipynb #7be3f014
+def _overwrites(file):
+    "Whether a line written to `file` can be written over: a terminal or a notebook, not a log."
+    in_notebook = type(file).__module__.startswith("ipykernel")
+    return in_notebook or (hasattr(file, "isatty") and file.isatty())
+
+def progress_bar(
+    items:Iterable | None=None, # What to go through; None: call `update` on the bar yourself
+    progress:bool=True, # Show it?
+    file:TextIO | None=None, # Where to; None: stderr
+    **kw, # For tqdm: `desc`, `total`, `unit`
+) -> tqdm: # Yields the items, and is a context manager
+    """The bar of everything in mep that takes long, made with [tqdm](https://tqdm.github.io).
+
+    It is drawn at most every 0.1 s in a terminal or a notebook, and every 30 s elsewhere."""
+    file = file or sys.stderr
+    seconds = .1 if _overwrites(file) else 30
+    # tqdm draws a slow bar after maxinterval anyway: by default after 10 s
+    return tqdm(items, disable=not progress, file=file, mininterval=seconds, maxinterval=max(10, seconds), **kw)
+
 # %% ../nbs/01_train.ipynb #d25e5f1f
 def _train_step(run, x, y, batch, epoch):
     "One step of the optimizer; returns the loss, or raises NanError before anything is changed."
@@ -528,7 +550,7 @@ def _load_run(run, identity):
 def _train(run, train, valid, identity, progress):
     "All epochs that are left, each validated and written to the checkpoint."
     r, done = run.recipe, len(run.history)
-    with tqdm(total=run.steps, initial=done * len(train), desc="fit", unit="step", disable=not progress) as bar:
+    with progress_bar(progress=progress, total=run.steps, initial=done * len(train), desc="fit", unit="step") as bar:
         for epoch in range(done, r.epochs):
             start = time.perf_counter()
             _seed_epoch(train, r.seed, epoch)

@@ -154,6 +154,7 @@ def test_new_cells_join_and_old_blocks_stay(made, tmp_path):
     assert not more.missing() and all((tmp_path / "l" / f"{k}.safetensors").read_bytes() == v for k, v in before.items())
 
 
+@pytest.mark.slow  # the killed worker's test has two processes and compares the numbers, too
 def test_the_same_numbers_for_any_number_of_processes(made, tmp_path):
     two = BlockLibrary(tmp_path / "l", SPACE, TEACHER).train(DATA, n_jobs=2, **HOW)
     assert [list(t) for t in two.nsr_table()] == [list(t) for t in made.nsr_table()]
@@ -258,6 +259,7 @@ class _Deadly:
         return self.real(root, key, *rest)
 
 
+@pytest.mark.slow
 def test_two_dask_workers_of_which_one_is_killed(made, tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
     lib = BlockLibrary(tmp_path / "l", SPACE, TEACHER)

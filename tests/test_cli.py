@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import cache
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -225,30 +227,36 @@ def test_compress_then_quantize(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.pth", "half.onnx", "half.safetensors", "q.onnx"]
 
 
-def test_search_makes_fronts_and_files(tmp_path, capsys):
-    digits_net(tmp_path)
-    (tmp_path / "s.json").write_text('{"Phone": {}, "server": {"threads": 2, "precision": "int8"}}')
-    words = (f"search --model small_resnet --weights {tmp_path}/digits.pth --data digits --n-train 256 --n-test 100 --n-latency 3 --networks 5 --tune 1 --finetune 2 "
-             f"--scenarios {tmp_path}/s.json --out {tmp_path}/out --quiet").split()
-    assert main(words) == 0
-    out = capsys.readouterr().out
+SEARCH = "search --model small_resnet --data digits --n-train 256 --n-test 100 --n-latency 3 --networks 5 --tune 1 --quiet".split()
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    "One search for two scenarios: its folder, its words and what it said."
+    folder = tmp_path_factory.mktemp("search")
+    digits_net(folder)
+    (folder / "s.json").write_text('{"Phone": {}, "server": {"threads": 2, "precision": "int8"}}')
+    words = f"--weights {folder}/digits.pth --finetune 2 --scenarios {folder}/s.json --library {folder}/blocks --out {folder}/out".split()
+    with redirect_stdout(StringIO()) as out:
+        assert main([*SEARCH, *words]) == 0
+    return folder, [*SEARCH, *words], out.getvalue()
+
+
+def test_search_makes_fronts_and_files(searched):
+    folder, words, out = searched
     assert "phone 1" in out and "phone 2" in out and "accuracy, as predicted" in out and "server (2 threads, INT8)" in out and "report.html" in out
-    files = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"phone.json", "server.json", "phone-1.onnx", "phone-2.onnx", "fp32.onnx", "report.html", "results.json", "library"} <= files
-    found = Front.load(tmp_path / "out" / "phone.json")
+    files = {p.name for p in (folder / "out").iterdir()}
+    assert {"phone.json", "server.json", "phone-1.onnx", "phone-2.onnx", "fp32.onnx", "report.html", "results.json"} <= files
+    found = Front.load(folder / "out" / "phone.json")
     assert main(words) == 0  # goes on: nothing is left to do
-    assert Front.load(tmp_path / "out" / "phone.json").points == found.points
+    assert Front.load(folder / "out" / "phone.json").points == found.points
     x = torch.randn(3, 1, 8, 8)
-    assert run(tmp_path / "out" / "phone-1.onnx", x).shape == (3, 10)
+    assert run(folder / "out" / "phone-1.onnx", x).shape == (3, 10)
 
 
-def test_search_refuses_anothers_library(tmp_path, capsys):
-    digits_net(tmp_path)
-    words = f"search --model small_resnet --weights {tmp_path}/digits.pth --data digits --n-train 256 --n-test 100 --n-latency 3 --networks 5 --tune 1 --library {tmp_path}/blocks --quiet".split()
-    assert main([*words, "--out", f"{tmp_path}/a"]) == 0
-    torch.save(small_resnet(10, 1, seed=1).state_dict(), tmp_path / "digits.pth")
-    capsys.readouterr()
-    assert main([*words, "--out", f"{tmp_path}/b"]) == 2
+def test_search_refuses_anothers_library(searched, tmp_path, capsys):
+    torch.save(small_resnet(10, 1, seed=1).state_dict(), tmp_path / "other.pth")
+    assert main([*SEARCH, *f"--weights {tmp_path}/other.pth --library {searched[0]}/blocks --out {tmp_path}/b".split()]) == 2
     assert "the library blocks was made for" in capsys.readouterr().err
 
 
@@ -262,7 +270,7 @@ def test_search_names_what_is_wrong_with_scenarios(tmp_path, scenarios, says, ca
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_quantize_goes_on_after_ctrl_c(tmp_path):
     digits_net(tmp_path)
-    words = f"quantize --weights {tmp_path}/digits.pth --data digits --bits 4 --n-latency 3 -o {tmp_path}/q.onnx --quiet --json".split()
+    words = f"quantize --weights {tmp_path}/digits.pth --data digits --bits 4 --n-calib 64 --n-latency 3 -o {tmp_path}/q.onnx --quiet --json".split()
     code = """
 import os, signal, sys
 from mep.store import Store

@@ -154,6 +154,7 @@ def test_many_networks_each_once(library, data, monkeypatch):
     assert trained_accuracies(archs[:1], library, data, 1, seed=1, progress=False).shape == (1,) and len(trained) == 2  # another recipe
 
 
+@pytest.mark.slow  # processes that load torch anew; the predictor's tests have some that are quicker
 def test_processes_give_the_same_numbers(library, data):
     archs = library.space.sample(2, seed=2)
     here = trained_accuracies(archs, library, data, 1, seed=3, progress=False)

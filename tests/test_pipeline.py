@@ -1,9 +1,11 @@
 """The pipeline: what is reused and what is not, killed at every stage and resumed, users' networks, bad input."""
 import inspect
 import json
+import multiprocessing
 import os
 import pickle
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +67,16 @@ def finished(tmp_path_factory):
     "A finished run, and its folder."
     config = replace(TINY, out=str(tmp_path_factory.mktemp("run")))
     return config, run(config, progress=False)
+
+
+def in_another_process(code):
+    "Run code in a process that has mep loaded already, and return its exit code."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mep.pipeline.core"])
+    process = context.Process(target=exec, args=(code, {}))
+    process.start()
+    process.join(300)
+    return process.exitcode
 
 
 def test_names_at_the_top():
@@ -159,8 +171,7 @@ core.run({config!r}, progress=False)
 def test_killed_and_resumed(finished, stage, after, tmp_path):
     _, report = finished
     config = replace(TINY, out=str(tmp_path))
-    died = subprocess.run([sys.executable, "-c", KILLED.format(stage=stage, after=after, config=asdict(config))], capture_output=True, text=True, timeout=300)
-    assert died.returncode == -9, died.stderr
+    assert in_another_process(KILLED.format(stage=stage, after=after, config=asdict(config))) == -signal.SIGKILL
     assert not (tmp_path / "results.json").exists()
     again = run(config, progress=False)
     done = NAMES[: NAMES.index(stage) + after]
@@ -270,8 +281,7 @@ core.run({config!r}, progress=False)
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_killed_in_adaround_and_resumed(tmp_path):
     config = replace(TINY, w_bits=4, out=str(tmp_path / "killed"))
-    died = subprocess.run([sys.executable, "-c", ROUNDING.format(config=asdict(config))], capture_output=True, text=True, timeout=300)
-    assert died.returncode == -9, died.stderr
+    assert in_another_process(ROUNDING.format(config=asdict(config))) == -signal.SIGKILL
     assert len(list(tmp_path.glob("killed/quantized/*/**/*.safetensors"))) == 3
     assert facts(run(config, progress=False)) == facts(run(replace(config, out=str(tmp_path / "whole")), progress=False))
 
@@ -310,8 +320,7 @@ def test_searched_then_quantized(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_killed_while_searching_and_resumed(tmp_path, monkeypatch):
     config = replace(QUICK, out=str(tmp_path), until="search")
-    died = subprocess.run([sys.executable, "-c", KILLED.format(stage="search", after=False, config=asdict(config))], capture_output=True, text=True, timeout=300)
-    assert died.returncode == -9, died.stderr
+    assert in_another_process(KILLED.format(stage="search", after=False, config=asdict(config))) == -signal.SIGKILL
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "searching").rglob("*.safetensors")}
     assert len([p for p in kept if "networks" in p.parts]) == 5  # library and networks are there, the record is not
     first = core.measured_front
@@ -349,15 +358,22 @@ def test_a_search_that_is_asked_too_much(tmp_path):
 HALF = replace(TINY, compress=0.5, finetune=1)
 
 
-def test_compressed_then_quantized(tmp_path):
-    config = replace(HALF, out=str(tmp_path))
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    "A finished run that compresses, its folder and what it found."
+    config = replace(HALF, out=str(tmp_path_factory.mktemp("halved")))
     report = run(config, progress=False)
+    return config, report, facts(report)
+
+
+def test_compressed_then_quantized(halved):
+    config, report, _ = halved
     assert list(report.nets) == ["FP32", "compressed", "INT8"] and "compress" in stages(report)
     nets = report.nets
     assert nets["compressed"]["macs"] <= 0.5 * nets["FP32"]["macs"] and nets["INT8"]["macs"] == nets["compressed"]["macs"]
     assert any(n.startswith("compressed: ") for n in report.notes)
     for name, row in nets.items(): assert row["accuracy"] == pytest.approx(row["simulated"], abs=0.02), name
-    assert not list((tmp_path / "compressing").glob("*"))
+    assert not list(Path(config.out, "compressing").glob("*"))
     again = run(config, progress=False)
     assert reused(again) == ["reference", "compress", "quantize", "export", "measure"] and again.nets == nets
     four = run(replace(config, w_bits=4), progress=False)  # builds the compressed network again from its plan
@@ -367,12 +383,11 @@ def test_compressed_then_quantized(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("after", [False, True])
-def test_killed_while_compressing_and_resumed(after, tmp_path):
-    config = replace(HALF, out=str(tmp_path / "killed"))
-    died = subprocess.run([sys.executable, "-c", KILLED.format(stage="compress", after=after, config=asdict(config))], capture_output=True, text=True, timeout=300)
-    assert died.returncode == -9, died.stderr
-    again, whole = run(config, progress=False), run(replace(config, out=str(tmp_path / "whole")), progress=False)
-    assert reused(again) == ["reference", "compress"][:1 + after] and facts(again) == facts(whole)
+def test_killed_while_compressing_and_resumed(halved, after, tmp_path):
+    config = replace(HALF, out=str(tmp_path))
+    assert in_another_process(KILLED.format(stage="compress", after=after, config=asdict(config))) == -signal.SIGKILL
+    again = run(config, progress=False)
+    assert reused(again) == ["reference", "compress"][:1 + after] and facts(again) == halved[2]
 
 
 @pytest.mark.parametrize("share", [0, 1, 50, -0.5])

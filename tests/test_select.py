@@ -260,6 +260,7 @@ def test_killed_run_goes_on(net, tmp_path, monkeypatch):
     assert sqnr_db(logits(b, images(8))[0], logits(a, images(8))[0]) > 100
 
 
+@pytest.mark.slow  # processes that load torch anew; the predictor's tests have some that are quicker
 def test_the_same_network_for_any_number_of_processes(mobile):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a layer that stays whole

@@ -1,5 +1,7 @@
 """The training loop: inputs left alone, runs that repeat and resume, errors that say what to do."""
 import copy
+import io
+import itertools
 import math
 import os
 import signal
@@ -16,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mep import train as T
-from mep.train import NanError, accuracy, fit, logits
+from mep.train import NanError, accuracy, fit, logits, progress_bar
 
 
 def toy(n=192, classes=4, size=8, batch=32, seed=0, **kw):
@@ -354,3 +356,46 @@ def test_evaluating_restores_every_mode():
     model = net(); model[1].eval()
     with T.evaluating(model): assert not any(m.training for m in model.modules())
     assert model.training and model[0].training and not model[1].training
+
+
+# ---- the bar
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def drawn(file, monkeypatch):
+    "How often a bar was drawn in two minutes, by a clock that goes on by a second whenever it is asked."
+    monkeypatch.setattr("tqdm.std.time", lambda clock=itertools.count(): float(next(clock)))
+    for _ in progress_bar(range(120), file=file):
+        pass
+    return file.getvalue().count("\r")
+
+
+def test_a_log_gets_few_lines_and_a_terminal_many(monkeypatch):
+    assert 2 <= drawn(io.StringIO(), monkeypatch) <= 7  # the beginning, the end, and twice a minute
+    assert drawn(Terminal(), monkeypatch) > 50
+
+
+def test_a_file_that_says_nothing_about_itself_is_a_log(monkeypatch):
+    class Plain:
+        said = ""
+
+        def write(self, text):
+            self.said += text
+
+        def flush(self):
+            pass
+
+        def getvalue(self):
+            return self.said
+    assert drawn(Plain(), monkeypatch) <= 7
+
+
+def test_no_bar_where_none_is_wanted(capsys):
+    assert list(progress_bar("abc", progress=False)) == ["a", "b", "c"]
+    fit(net(), toy(), **quick)
+    assert capsys.readouterr().err == ""
+    fit(net(), toy(), **quick | dict(progress=True))
+    assert "fit" in capsys.readouterr().err

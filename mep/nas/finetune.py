@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data import Data, Order, calibration
 from .bkd import BlockLibrary, _one_thread
@@ -25,7 +24,7 @@ from .predictor import AccuracyPredictor
 from .search import Deployment, Measured, latency_table, search
 from .space import ORIGINAL, Arch, SearchSpace, choices, chop
 from ..store import MissingError, Store, content_hash
-from ..train import Fit, fit, logits, recalibrate_bn, soft_targets
+from ..train import Fit, fit, logits, progress_bar, recalibrate_bn, soft_targets
 
 # %% ../../nbs/nas/15_finetune.ipynb #456e13f7
 def assembled(
@@ -114,7 +113,7 @@ def trained_accuracies(
     keys = {a: f"networks/{recipe}/{a.key}" for a in archs}
     todo = [a for a in keys if keys[a] not in library.store]
     jobs = (joblib.delayed(_tune_and_store)(keys[a], a, library, data, dict(epochs=epochs, told=told, **options)) for a in todo)
-    with library.store.lock(), tqdm(total=len(todo), desc="networks", disable=not progress or not todo) as bar:
+    with library.store.lock(), progress_bar(progress=progress and bool(todo), total=len(todo), desc="networks") as bar:
         for _ in joblib.Parallel(n_jobs, return_as="generator_unordered")(jobs): bar.update()
     return np.array([library.store.get(keys[a]).meta["accuracy"] for a in archs])
 

@@ -19,13 +19,12 @@ import torch
 from scipy.special import expit, logit
 from scipy.stats import kendalltau
 from sklearn.linear_model import RidgeCV
-from tqdm import tqdm
 
 from ..data import Data
 from .bkd import BlockLibrary, _one_thread, block_ratios
 from .space import Arch
 from ..store import Store, content_hash, write_atomic
-from ..train import cosine, logits, recalibrate_bn, soft_targets
+from ..train import cosine, logits, progress_bar, recalibrate_bn, soft_targets
 
 # %% ../../nbs/nas/13_predictor.ipynb #a66003ed
 class Score(NamedTuple):
@@ -180,7 +179,7 @@ class Assembled:
         "The features of each network; computed once for each."
         todo = [a for a in dict.fromkeys(archs) if self._recall(a) is None]
         work = joblib.Parallel(self.n_jobs, return_as="generator")(joblib.delayed(_divergence)(self, a) for a in todo)
-        for a, kl in zip(tqdm(todo, desc="networks", disable=not self.progress or not todo), work):
+        for a, kl in zip(progress_bar(todo, self.progress and bool(todo), desc="networks"), work):
             self.known[a.key] = kl
             if self.store: self.store.put(f"{self.prefix}/{a.key}", meta=kl)
         return -np.log(np.maximum([self.known[a.key] for a in archs], 1e-6))

@@ -29,7 +29,6 @@ from pymoo.core.mutation import Mutation
 from pymoo.core.problem import Problem
 from pymoo.indicators.hv import HV
 from pymoo.operators.crossover.ux import UX
-from tqdm import tqdm
 
 from ..cost import Table
 from ..deploy import LEVELS, Scenario, export_onnx, latencies, machine
@@ -37,6 +36,7 @@ from .cells import _near
 from .space import Arch, Option, SearchSpace
 from ..plot import COLORS, INK, LABELS, png, style
 from ..store import Store, content_hash, write_atomic
+from ..train import progress_bar
 
 # %% ../../nbs/nas/14_search.ipynb #24418663
 def non_dominated(
@@ -532,7 +532,7 @@ def _evolve(run, population, generations, seed, start, callback, progress):
     first, history = _first(run.space, max(population, len(start) + 2), seed, start), []
     steps = NSGA2(pop_size=len(first), sampling=first, crossover=UX(), mutation=_Reset())
     steps.setup(_Problem(run), termination=("n_gen", generations), seed=seed)
-    with tqdm(total=generations, desc="search", disable=not progress, leave=False) as bar:
+    with progress_bar(progress=progress, total=generations, desc="search", leave=False) as bar:
         while steps.has_next(): # or no child is new: the space is exhausted
             steps.next()
             bar.update()
