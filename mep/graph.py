@@ -479,7 +479,8 @@ def worst_sqnr_db(
 
 # %% ../nbs/06_graph.ipynb #b4c01b24
 def _compare(model, net, x, least=60):
-    "Raise a `TraceError` where a recording computes something else"
+    "Raise a `TraceError` where a recording computes something else, ValueError where images don't fit"
+    note_shapes(net, x)
     first = _outputs_of(model, x.clone(), {})
     seen = {}
     again = _outputs_of(model, x.clone(), seen)
