@@ -287,14 +287,15 @@ def _flag(node):
 
 # %% ../nbs/06_graph.ipynb #b4c01b13
 def _rewrite_module(net, node):
-    net.get_submodule(node.target).inplace = False
-    _overwrite(net, node.args[0], node)
+    m = net.get_submodule(node.target)
+    m.inplace = False
+    if not isinstance(m, nn.modules.dropout._DropoutNd): _overwrite(net, node.args[0], node) # which does nothing
 
 def _rewrite_flag(net, node):
     at = _flag(node)
     if at == "inplace": node.kwargs = dict(node.kwargs, inplace=False)
     else: node.update_arg(at, False)
-    _overwrite(net, node.args[0], node)
+    if "dropout" not in _name_of(node): _overwrite(net, node.args[0], node)
 
 def _rewrite_assign(net, node):
     "`y += 1`; of a number it changes nothing else"
@@ -310,7 +311,7 @@ def _rewrite_item(net, node):
     net.graph.erase_node(node)
 
 _FILLS = {"zero_": torch.zeros_like, "fill_": torch.full_like}
-_RESHAPES = "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_".split() # others that see the tensor keep their shape
+_RESHAPES = "detach_ squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_".split() # others that see the tensor keep their shape
 
 def _rewrite_name(net, node):
     "`relu_` and its like: the same name without the underscore"

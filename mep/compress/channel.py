@@ -51,9 +51,10 @@ _FLAT = {"flatten", "Flatten", "reshape", "view"}
 
 class _Wiring(fx.Interpreter):
     "Runs a network once and follows every channel through it"
-    def __init__(self, net, shared):
+    def __init__(self, net, shared, computed):
         super().__init__(net)
-        self.shared, self.sets, self.wires = shared, _Sets(), {} # node -> a number per channel
+        self.shared, self.computed = shared, computed
+        self.sets, self.wires = _Sets(), {} # node -> a number per channel
         self.locks, self.adds = {}, {} # number -> reason, number -> name of an addition
         self.writes, self.follows, self.reads = {}, {}, {} # layer -> a number per output; per channel; per input
 
@@ -78,14 +79,16 @@ class _Wiring(fx.Interpreter):
         m = self.fetch_attr(node.target) if node.op == "call_module" else None
         found = _layer(self, node.target, m, out, wires[0]) if m is not None and (m.state_dict() or isinstance(m, _NORM)) else _operator(self, node, m, out, wires)
         if found is not None: return found
-        self._lock(wires, f"{node.target} is shared, it is called or owned more than once" if node.target in self.shared else
-                          f"{node.name} ({_name(node, m)}) may mix channels or fix their number")
+        if node.target in self.shared: why = f"{node.target} is shared, it is called or owned more than once"
+        elif node.target in self.computed: why = f"the weights of {node.target} are computed at each call: give mep.graph.resolve(model)"
+        else: why = f"{node.name} ({_name(node, m)}) may mix channels or fix their number"
+        self._lock(wires, why)
         return self._new(out, self.locks[wires[0][0]])
 
 # %% ../../nbs/compress/23_channel.ipynb #87167b21
 def _layer(wiring, name, m, out, wire):
     "A module with weights. None where we don't know what it does with channels"
-    if name in wiring.shared or isinstance(m, (*_CONV, nn.Linear)) and "weight" not in m._parameters: return # computed from others
+    if name in wiring.shared or name in wiring.computed: return
     if isinstance(m, _NORM):
         wiring.follows[name] = wire
         return wire
@@ -176,12 +179,13 @@ def channel_groups(
     input_shape:tuple, # (C, H, W)
 )->list: # In the network's order
     "All groups of channels, as `ChannelGroup`. Raises `TraceError` for a network that can't be traced, ValueError for NaN in its weights."
+    if not isinstance(model, nn.Module): raise TypeError(f"a network is a torch.nn.Module, got {type(model).__name__}")
     _check_weights(model)
     p = next(model.parameters(), torch.zeros(()))
     with torch.no_grad(), torch.random.fork_rng([p.device] if p.is_cuda else []):
         x = torch.randn(2, *input_shape).to(p)
         net = trace(model, x=x)
-        wiring = _Wiring(note_shapes(net, x), _shared(model, net))
+        wiring = _Wiring(note_shapes(net, x), _shared(model, net), _computed(model))
         wiring.run(x)
     return _groups(wiring)
 
@@ -193,10 +197,14 @@ def _check_weights(model):
 def _shared(model, net):
     "Names of modules that are called twice, or whose weights another module has too"
     own, owners = dict(model.named_modules()), {}
-    twice = {n.target for n in net.graph.nodes if n.op == "call_module" and n.target not in own}
+    twice = {n.target for n in net.graph.nodes if n.op == "call_module" and n.target != n.meta.get("module", n.target)}
     for name, m in own.items():
         for p in m._parameters.values(): owners.setdefault(id(p), set()).add(name)
     return twice.union((re.sub(r"_again\d*$", "", n) for n in twice), *(names for p, names in owners.items() if len(names) > 1 and p != id(None)))
+
+def _computed(model):
+    "Names of modules whose weight is made from other tensors"
+    return {n for n, m in model.named_modules() if isinstance(m, (*_CONV, nn.Linear)) and "weight" not in m._parameters}
 
 def _groups(wiring):
     whole = copy.deepcopy(wiring.sets)
