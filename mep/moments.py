@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .graph import is_plain
+from .graph import forward_of
 from .train import evaluating
 
 # %% ../nbs/07_moments.ipynb #a9b3579f
@@ -174,7 +174,7 @@ def observe(
 _LAYERS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def _layers(model, names):
-    found = {n: m for n, m in model.named_modules() if is_plain(m, *_LAYERS)}
+    found = {n: m for n, m in model.named_modules() if forward_of(m) in _LAYERS}
     if names is None and not found: raise ValueError("the network has no convolution and no linear layer")
     missing = [n for n in names or () if n not in found]
     if missing: raise ValueError(f"the network has no convolution or linear layer {missing[0]!r}; it has {', '.join(found)}")
