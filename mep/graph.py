@@ -18,7 +18,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -36,10 +35,12 @@ def resolve(
 )->nn.Module: # A copy that computes the same, in the same mode
     """A network without wrappers: what `torch.compile` and `nn.DataParallel` hold, its weights plain parameters.
 
-    `weight_norm`, `spectral_norm` (old and new), `torch.nn.utils.parametrize` and `torch.nn.utils.prune` are computed once. Raises TypeError for what is no module, or TorchScript."""
+    `weight_norm`, `spectral_norm` (old and new), `torch.nn.utils.parametrize` and `torch.nn.utils.prune` are computed
+    once. Raises TypeError for what is no module, or TorchScript."""
     if not isinstance(model, nn.Module): raise TypeError(f"a network is a torch.nn.Module, got {type(model).__name__}")
     model = _bare(model)
-    computed = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and t.grad_fn is not None}
+    held = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    computed = {id(t): t.detach().clone() for t in held if t.grad_fn is not None}
     model = copy.deepcopy(model, computed) # a weight that was computed is no leaf, which deepcopy refuses
     with torch.no_grad(), evaluating(model):
         for m in list(model.modules()): _unwrap_children(m); _compute_weights(m)
@@ -50,9 +51,10 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 def _bare(m):
     "What wrappers hold"
-    while isinstance(m, _WRAPPERS) or "_orig_mod" in m._modules: m = m.module if isinstance(m, _WRAPPERS) else m._orig_mod
-    if isinstance(m, torch.jit.ScriptModule): raise TypeError("the network is TorchScript, which can't be changed: give the module that it was made from")
-    return m
+    while isinstance(m, _WRAPPERS) or "_orig_mod" in m._modules: # torch.compile's
+        m = m.module if isinstance(m, _WRAPPERS) else m._orig_mod
+    if not isinstance(m, torch.jit.ScriptModule): return m
+    raise TypeError("the network is TorchScript, which can't be changed: give the module that it was made from")
 
 def _unwrap_children(m):
     for name, child in m._modules.items():
@@ -67,7 +69,7 @@ def _compute_weights(m):
         elif isinstance(hook, prune.BasePruningMethod): prune.remove(m, hook._tensor_name)
 
 def _leave_values(m):
-    "Parametrized tensors become parameters; PyTorch's own way would change the class, which the caller's network has too"
+    "Parametrized tensors become parameters; PyTorch's own way changes the class, which the caller's network has too"
     values = {name: nn.Parameter(getattr(m, name).detach().clone()) for name in m.parametrizations}
     m.__class__ = type(m).__bases__[0]
     del m._modules["parametrizations"]
@@ -79,13 +81,18 @@ def _leave_values(m):
 def plain_type(
     m:nn.Module, # Any module
 )->type|None: # Such as nn.Conv2d
-    "The layer of PyTorch's that a module is: itself, or a subclass that runs the same code. None for one with a forward of its own, with hooks, or with a parametrized weight."
-    return None if m._forward_hooks or m._forward_pre_hooks or parametrize.is_parametrized(m) else forward_of(m)
+    """The layer of PyTorch's that a module is: itself, or a subclass that runs the same code.
+
+    None for a module with a forward of its own, with hooks, or with a parametrized weight."""
+    changed = m._forward_hooks or m._forward_pre_hooks or parametrize.is_parametrized(m)
+    return None if changed else forward_of(m)
 
 def forward_of(
     m:nn.Module, # Any module
 )->type|None: # Such as nn.Conv2d
-    "The layer of PyTorch's whose forward a module runs, whatever hooks stand around it and wherever its weight comes from. None for a forward of its own."
+    """The layer of PyTorch's whose forward a module runs, whatever hooks stand around it.
+
+    Its weight may come from anywhere. None for a forward of its own."""
     if "forward" in vars(m): return None
     return _layer_of(type(m).__bases__[0] if parametrize.is_parametrized(m) else type(m))
 
@@ -101,7 +108,8 @@ def _layer_of(cls):
     if torchs is nn.Module or issubclass(torchs, _CONTAINERS): return None
     return torchs if all(getattr(cls, name, None) is getattr(torchs, name, None) for name in _CODE) else None
 
-_CODE = "__call__ _call_impl __getattr__ forward _conv_forward _check_input_dim weight bias".split() # what decides what a layer computes
+# what decides what a layer computes
+_CODE = "__call__ _call_impl __getattr__ forward _conv_forward _check_input_dim weight bias".split()
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 # %% ../nbs/06_graph.ipynb #3cdb99eb
@@ -111,11 +119,12 @@ class TraceError(ValueError):
 def trace(
     model:nn.Module, # Any network that torch.fx can trace, from images alone; not changed
     leaves:tuple=(), # Types of modules to record as one call, besides PyTorch's own
-    x:Tensor|None=None, # Images [N, C, H, W] on which the recording must compute what the network does; None: it isn't compared
+    x:Tensor|None=None, # Images [N, C, H, W] on which both must compute the same; None: they aren't compared
 )->fx.GraphModule: # A copy in evaluation mode
     """The network as a graph without in-place operations, each call with a module of its own.
 
-    Raises `TraceError`, which names the line that can't be traced, the hook that can't be recorded, or the layer where the recording differs."""
+    Raises `TraceError`, which names the line that can't be traced, the hook that can't be recorded, or the layer where
+    the recording differs."""
     copied = _for_recording(resolve(model).eval())
     tracer = _Tracer(leaves)
     try: graph = tracer.trace(copied)
@@ -156,9 +165,13 @@ class _Tracer(fx.Tracer):
     def proxy(self, node): return _Standin(node, self)
 
 class _Standin(fx.Proxy):
-    def __setitem__(self, index, value): self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+    def __setitem__(self, index, value):
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
-def _listed(m, kind): return [(hook, key in getattr(m, f"{kind}_with_kwargs")) for key, hook in getattr(m, kind).items()]
+def _listed(m, kind):
+    "Hooks, and whether each is told the keyword arguments"
+    told = getattr(m, f"{kind}_with_kwargs")
+    return [(hook, key in told) for key, hook in getattr(m, kind).items()]
 
 # %% ../nbs/06_graph.ipynb #b4c01a10
 def _only_input(fn):
@@ -168,8 +181,8 @@ def _only_input(fn):
     needed = [p.name for p in own[1:] if p.default is p.empty and p.kind not in several]
     if needed:
         names = ", ".join([own[0].name, *needed])
-        raise TraceError(f"the network takes several inputs ({names}), and networks with several inputs are not supported: "
-                         "give a network of the images alone, such as one that keeps the other inputs as buffers")
+        raise TraceError(f"the network takes several inputs ({names}), and networks with several inputs are not "
+                         "supported: give one of the images alone, which may keep the others as buffers")
     if not own: raise TraceError("the network's forward takes no input: it needs one, the images")
     return "x" if own[0].kind in several else own[0].name
 
@@ -190,20 +203,22 @@ def _with_hooks(hooks, m, forward, args, kwargs, direct=False):
 def _called(hook, root, m, args):
     try: return hook(m, *args)
     except Exception as e:
-        name = next((n for n, o in root.named_modules() if o is m), "") or "the network itself"
-        raise TraceError(f"the forward hook {getattr(hook, '__name__', type(hook).__name__)} of {name} can't be recorded "
-                         f"({type(e).__name__}: {_line(e)}): remove it (handle.remove()), or write what it does into forward") from e
+        of = next((n for n, o in root.named_modules() if o is m), "") or "the network itself"
+        name = getattr(hook, "__name__", type(hook).__name__)
+        raise TraceError(f"the forward hook {name} of {of} can't be recorded ({type(e).__name__}: {_line(e)}): "
+                         "remove it (handle.remove()), or write what it does into forward") from e
 
 def _line(e): return next(iter(str(e).splitlines()), "")
 
 # %% ../nbs/06_graph.ipynb #b4c01a11
 def _where(e):
     "The author's own line in a traceback full of torch"
-    torchs = (os.path.dirname(torch.__file__), os.path.dirname(__file__) if "__file__" in globals() else "<", "<")
-    own = [f for f in traceback.extract_tb(e.__traceback__)[1:] if not f.filename.startswith(torchs)]
+    ours = os.path.dirname(__file__) if "__file__" in globals() else "<"
+    frames = traceback.extract_tb(e.__traceback__)[1:]
+    own = [f for f in frames if not f.filename.startswith((os.path.dirname(torch.__file__), ours, "<"))]
     at = f"{os.path.basename(own[-1].filename)}, line {own[-1].lineno}: `{own[-1].line}`" if own else "an unknown line"
     data = isinstance(e, fx.proxy.TraceError)
-    why = "What it does there depends on the data" if data else "What it does there is no operation on tensors that torch.fx records"
+    why = "What it does there " + ("depends on the data" if data else "is no operation on tensors that torch.fx records")
     return (f"torch.fx can't trace the network at {at} ({type(e).__name__}: {_line(e)}). {why}: "
             "write it without, or move it into a function marked by torch.fx.wrap, which then stays as it is")
 
@@ -232,7 +247,8 @@ def _for_recording(model):
 
 def _half(name, t):
     kind = str(t.dtype).removeprefix("torch.")
-    return f"the network is in {kind} ({name}), too coarse to be changed and compared: give it in float32 (model.float()), and float32 images"
+    return (f"the network is in {kind} ({name}), too coarse to be changed and compared: "
+            "give it in float32 (model.float()), and float32 images")
 
 # %% ../nbs/06_graph.ipynb #1f5a7d86
 def add_module(
@@ -261,26 +277,29 @@ def _out_of_place(net):
         how = _in_place(net, node)
         if how is not None: how(net, node)
     for node in reversed(net.graph.nodes): # what nobody reads after all
-        if node.op == "call_module" and not node.users and isinstance(net.get_submodule(node.target), _Look): net.graph.erase_node(node)
+        if not node.users and isinstance(_called_module(net, node), _Look): net.graph.erase_node(node)
     net.recompile()
     return net
 
 def _in_place(net, node):
     "How to rewrite a node that changes its first argument; None if it doesn't"
     if not node.args or not isinstance(node.args[0], fx.Node): return None
-    if node.op == "call_module": return _rewrite_module if getattr(net.get_submodule(node.target), "inplace", False) else None
+    if node.op == "call_module": return _rewrite_module if getattr(_called_module(net, node), "inplace", False) else None
     name = _name_of(node)
     if node.target is operator.setitem: return _rewrite_item
     if node.target in _ASSIGNS: return _rewrite_assign
     if _flag(node) is not None: return _rewrite_flag
-    own = node.op == "call_function" and not (getattr(node.target, "__module__", None) or "torch").startswith("torch") # of the user's own functions
-    if node.op != "get_attr" and name.endswith("_") and not name.endswith("__") and not own: return _rewrite_name
+    own = node.op == "call_function" and not (getattr(node.target, "__module__", None) or "torch").startswith("torch")
+    named = name.endswith("_") and not name.endswith("__") and not own # a user's own function may be called anything
+    if node.op != "get_attr" and named: return _rewrite_name
 
-_ASSIGNS = MappingProxyType({getattr(operator, f"i{n}"): getattr(operator, n) for n in "add sub mul truediv floordiv mod pow matmul lshift rshift xor".split()}
-                            | {operator.iand: operator.and_, operator.ior: operator.or_})
+def _called_module(net, node): return net.get_submodule(node.target) if node.op == "call_module" else None
+
+_ASSIGNS = {getattr(operator, f"i{n}"): getattr(operator, n) for n in "add sub mul truediv floordiv mod pow matmul".split()}
+_ASSIGNS |= {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
 
 def _assigning(f): return lambda self, other: self.tracer.create_proxy("call_function", f, (self, other), {})
-for f in _ASSIGNS: setattr(_Standin, f"__{f.__name__}__", _assigning(f)) # torch.fx itself records `y += 1` as `y = y + 1`
+for f in _ASSIGNS: setattr(_Standin, f"__{f.__name__}__", _assigning(f)) # torch.fx takes `y += 1` for `y = y + 1`
 
 def _flag(node):
     "Where a function has inplace=True: its keyword, or its place"
@@ -317,7 +336,7 @@ def _rewrite_item(net, node):
     net.graph.erase_node(node)
 
 _FILLS = {"zero_": torch.zeros_like, "fill_": torch.full_like}
-_RESHAPES = "detach_ squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_".split() # others that see the tensor keep their shape
+_RESHAPES = "detach_ squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_".split() # views keep their shape
 
 def _rewrite_name(net, node):
     "`relu_` and its like: the same name without the underscore"
@@ -335,12 +354,15 @@ def _rewrite_name(net, node):
 def _plain_name(node, name):
     homes = (Tensor,) if node.op == "call_method" else (torch, F, Tensor)
     found = next((getattr(h, name[:-1]) for h in homes if hasattr(h, name[:-1])), None)
-    if found is None: raise TraceError(f"{name} (node {node.name}) changes a tensor in place and has no form that returns a new one: write it without")
+    if found is None:
+        raise TraceError(f"{name} (node {node.name}) changes a tensor in place and has no form that returns a new one: "
+                         "write it without")
     return name[:-1] if node.op == "call_method" else found
 
 # %% ../nbs/06_graph.ipynb #b4c01b15
-_VIEWS = set("""view view_as reshape flatten unflatten transpose permute t chunk split tensor_split unbind narrow select squeeze unsqueeze expand expand_as swapaxes swapdims movedim
-                moveaxis diagonal detach contiguous getitem to float type dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout""".split())
+_VIEWS = set("""view view_as reshape flatten unflatten transpose permute t chunk split tensor_split unbind narrow select
+                squeeze unsqueeze expand expand_as swapaxes swapdims movedim moveaxis diagonal detach contiguous getitem
+                to float type dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout""".split())
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 _MAYBE = set("reshape flatten contiguous to float type dropout".split()) # views, unless they have to copy
 _NUMBERS = {"size", "dim", "numel", "nelement", "ndimension", "stride", "len"}
@@ -348,7 +370,8 @@ _NUMBERS = {"size", "dim", "numel", "nelement", "ndimension", "stride", "len"}
 def _viewed(net, node):
     "The tensor that a node is a view of; None if it is one of its own"
     if not node.args or not isinstance(node.args[0], fx.Node) or _is_number(node): return None
-    if node.op == "call_module": return node.args[0] if isinstance(net.get_submodule(node.target), (*_VIEW_MODULES, _Look)) and not isinstance(net.get_submodule(node.target), _Written) else None
+    m = _called_module(net, node)
+    if m is not None: return node.args[0] if isinstance(m, _VIEW_MODULES) or type(m) is _Look else None
     if node.target is getattr: return node.args[0] if node.args[1] in ("T", "mT", "H", "data") else None
     return node.args[0] if _name_of(node) in _VIEWS else None
 
@@ -360,7 +383,9 @@ def _is_number(node):
     if node.op == "call_method": return name in _NUMBERS
     if node.op != "call_function": return False
     if node.target is getattr: return node.args[1] in ("shape", "ndim", "device", "dtype", "is_cuda")
-    return name in _NUMBERS or bool(node.all_input_nodes) and getattr(node.target, "__module__", "") in ("_operator", "math", "builtins") and all(map(_is_number, node.all_input_nodes))
+    if name in _NUMBERS: return True
+    sums = getattr(node.target, "__module__", "") in ("_operator", "math", "builtins")
+    return sums and bool(node.all_input_nodes) and all(map(_is_number, node.all_input_nodes))
 
 def _overwrite(net, target, new):
     "From `new` on, who reads the tensor `target` gets `new`, and so do those who look at the same memory"
@@ -433,7 +458,8 @@ def _filled(args, sizes):
 
 def _insert(net, node, module, *args):
     "A call of a new module behind `node`"
-    with net.graph.inserting_after(node): return net.graph.call_module(add_module(net, f"{node.name}_written", module), args)
+    name = add_module(net, f"{node.name}_written", module)
+    with net.graph.inserting_after(node): return net.graph.call_module(name, args)
 
 def _replace(net, old, new):
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -479,10 +505,11 @@ def worst_sqnr_db(
     exact, # What a network returns
     other, # What another one returns
 )->float: # Of the worst output; tensors that should be zero and are, are left out
-    "Signal-to-noise ratio of all outputs of a network, in dB. Raises ValueError if there are not as many, or of other shapes."
+    "Signal-to-noise ratio of a network's outputs, in dB. Raises ValueError if there are not as many, or of other shapes."
     a, b = tensors(exact), tensors(other)
     if len(a) != len(b): raise ValueError(f"{len(b)} outputs instead of {len(a)}")
-    return min((sqnr_db(s, t) for s, t in zip(a, b) if s.numel() and (s.abs().max() > 0 or t.abs().max() > 0)), default=math.inf)
+    def silent(t): return not t.numel() or not t.abs().max() > 0
+    return min((sqnr_db(s, t) for s, t in zip(a, b) if not (silent(s) and silent(t))), default=math.inf)
 
 # %% ../nbs/06_graph.ipynb #b4c01b24
 def _compare(model, net, x, least=60):
@@ -491,14 +518,17 @@ def _compare(model, net, x, least=60):
     first = _outputs_of(model, x.clone(), {})
     seen = {}
     again = _outputs_of(model, x.clone(), seen)
-    if not _same(first, again, least): raise TraceError("the network gives two answers to the same images: it draws random numbers in forward, or keeps something from call to call. Make it repeatable first")
+    if not _same(first, again, least):
+        raise TraceError("the network gives two answers to the same images: it draws random numbers in forward, "
+                         "or keeps something from call to call. Make it repeatable first")
     run = _Recorded(net)
     with torch.no_grad(): got = run.run(x.clone())
     if _same(first, got, least): return
     differs = next((name for name, outs in run.seen.items() if not _same(seen.get(name, outs), outs, least)), None)
     at = f"at the layer {differs!r}, or between it and the layer before" if differs else "behind its last layer"
-    raise TraceError(f"the recorded graph computes something else than the network; it starts {at}. What torch.fx can't see there must be rewritten: "
-                     "a branch or a number taken from the image, or a tensor changed in place through another name")
+    raise TraceError(f"the recorded graph computes something else than the network; it starts {at}. What torch.fx can't "
+                     "see there must be rewritten: a branch or a number taken from the image, or a tensor changed in place "
+                     "through another name")
 
 def _same(a, b, least):
     try: db = worst_sqnr_db(a, b)
@@ -548,7 +578,9 @@ def note_shapes(
     net:fx.GraphModule, # As `trace` returns it; its nodes' `meta` is written
     x:Tensor, # Images [N, C, H, W]
 )->fx.GraphModule: # The same
-    "Write the shape of every node's output into `node.meta['shape']`, and its type into `node.meta['dtype']`. Raises ValueError that names where images of this shape don't fit."
+    """Write the shape of every node's output into `node.meta['shape']`, and its type into `node.meta['dtype']`.
+
+    Raises ValueError that names where images of this shape don't fit."""
     run = _Shapes(net)
     run.extra_traceback = False # its words are for whoever wrote the graph
     with torch.no_grad(): run.run(x)
