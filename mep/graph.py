@@ -218,8 +218,8 @@ def _where(e):
     own = [f for f in frames if not f.filename.startswith((os.path.dirname(torch.__file__), ours, "<"))]
     at = f"{os.path.basename(own[-1].filename)}, line {own[-1].lineno}: `{own[-1].line}`" if own else "an unknown line"
     data = isinstance(e, fx.proxy.TraceError)
-    why = "What it does there " + ("depends on the data" if data else "is no operation on tensors that torch.fx records")
-    return (f"torch.fx can't trace the network at {at} ({type(e).__name__}: {_line(e)}). {why}: "
+    does = "depends on the data" if data else "is no operation on tensors that torch.fx records"
+    return (f"torch.fx can't trace the network at {at} ({type(e).__name__}: {_line(e)}). What it does there {does}: "
             "write it without, or move it into a function marked by torch.fx.wrap, which then stays as it is")
 
 def _unshare(net):
@@ -229,7 +229,9 @@ def _unshare(net):
         if node.op != "call_module" and node.name in modules: node._rename(f"{node.name}_op")
         if node.op != "call_module": continue
         node.meta["module"] = node.target
-        if node.target in seen: node.target = add_module(net, f"{node.target}_again", copy.deepcopy(net.get_submodule(node.target)))
+        if node.target in seen:
+            twin = copy.deepcopy(net.get_submodule(node.target))
+            node.target = add_module(net, f"{node.target}_again", twin)
         seen.add(node.target)
     net.recompile()
     return net
@@ -284,7 +286,8 @@ def _out_of_place(net):
 def _in_place(net, node):
     "How to rewrite a node that changes its first argument; None if it doesn't"
     if not node.args or not isinstance(node.args[0], fx.Node): return None
-    if node.op == "call_module": return _rewrite_module if getattr(_called_module(net, node), "inplace", False) else None
+    m = _called_module(net, node)
+    if m is not None: return _rewrite_module if getattr(m, "inplace", False) else None
     name = _name_of(node)
     if node.target is operator.setitem: return _rewrite_item
     if node.target in _ASSIGNS: return _rewrite_assign
@@ -295,7 +298,8 @@ def _in_place(net, node):
 
 def _called_module(net, node): return net.get_submodule(node.target) if node.op == "call_module" else None
 
-_ASSIGNS = {getattr(operator, f"i{n}"): getattr(operator, n) for n in "add sub mul truediv floordiv mod pow matmul".split()}
+_SUMS = "add sub mul truediv floordiv mod pow matmul".split()
+_ASSIGNS = {getattr(operator, f"i{n}"): getattr(operator, n) for n in _SUMS}
 _ASSIGNS |= {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
 
 def _assigning(f): return lambda self, other: self.tracer.create_proxy("call_function", f, (self, other), {})
@@ -505,7 +509,7 @@ def worst_sqnr_db(
     exact, # What a network returns
     other, # What another one returns
 )->float: # Of the worst output; tensors that should be zero and are, are left out
-    "Signal-to-noise ratio of a network's outputs, in dB. Raises ValueError if there are not as many, or of other shapes."
+    "Signal-to-noise ratio of all outputs, in dB. Raises ValueError if they are not as many, or of other shapes."
     a, b = tensors(exact), tensors(other)
     if len(a) != len(b): raise ValueError(f"{len(b)} outputs instead of {len(a)}")
     def silent(t): return not t.numel() or not t.abs().max() > 0
@@ -526,9 +530,9 @@ def _compare(model, net, x, least=60):
     if _same(first, got, least): return
     differs = next((name for name, outs in run.seen.items() if not _same(seen.get(name, outs), outs, least)), None)
     at = f"at the layer {differs!r}, or between it and the layer before" if differs else "behind its last layer"
-    raise TraceError(f"the recorded graph computes something else than the network; it starts {at}. What torch.fx can't "
-                     "see there must be rewritten: a branch or a number taken from the image, or a tensor changed in place "
-                     "through another name")
+    raise TraceError(f"the recorded graph computes something else than the network; it starts {at}. What torch.fx "
+                     "can't see there must be rewritten: a branch or a number taken from the image, or a tensor changed "
+                     "in place through another name")
 
 def _same(a, b, least):
     try: db = worst_sqnr_db(a, b)
