@@ -323,7 +323,7 @@ def bayesian_bits(
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #d0131c7a
 def _file(checkpoint, phase): return None if checkpoint is None else f"{checkpoint}.{phase}"
 
-def _prepare(model, data, max_bits, start_bits, per_channel, prune, skip, loss):
+def _prepare(model, data, max_bits, start_bits, per_channel, prune, skip, loss=None):
     "The skeleton of sim, and the same with gates"
     settings = dict(w_bits=8, a_bits=8, per_channel=per_channel, skip=list(skip), layer_bits={})
     _check(model, settings, "mse", None)
