@@ -9,7 +9,7 @@ __all__ = ['Quadratic', 'Moments', 'outer', 'patches', 'output_size', 'positions
 # %% ../nbs/07_moments.ipynb #fa7de788
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .graph import forward_of
 from .train import evaluating
 
 # %% ../nbs/07_moments.ipynb #a9b3579f
@@ -111,16 +112,37 @@ def rows(t, op):
 
 # %% ../nbs/07_moments.ipynb #9f6ff06b
 def image_batches(
-    images:Tensor|Iterable, # Images [N, C, H, W], or batches of them, alone or as (x, y)
+    images:Tensor|Iterable, # Images [N, C, H, W], or batches of them: alone, as (x, y), or as a dict such as {"pixel_values": x, "labels": y}
 )->list:
-    "Batches of images, checked. Raises ValueError if there are none, if they are integers, or hold NaN."
-    batches = list(images.split(32)) if isinstance(images, Tensor) else [b if isinstance(b, Tensor) else b[0] for b in images]
+    "Batches of images, checked. Raises ValueError if there are none, if they are integers, differ in size, or hold NaN, and for a dict without images."
+    batches = list(images.split(32)) if isinstance(images, Tensor) else [_images_of(b) for b in images]
     batches = [b for b in batches if len(b)]
     if not batches: raise ValueError("the calibration set is empty: give at least one image, better some hundred")
     for i, b in enumerate(batches):
         if not b.is_floating_point(): raise ValueError(f"calibration images are {b.dtype}: give float images, normalised as in training")
         if not b.isfinite().all(): raise ValueError(f"calibration batch {i} holds NaN or infinity")
+        if b.shape[1:] != batches[0].shape[1:]:
+            first, other = (list(t.shape[1:]) for t in (batches[0], b))
+            raise ValueError(f"calibration images have several sizes, {first} in batch 0 and {other} in batch {i}: resize or crop them to one size")
     return batches
+
+# %% ../nbs/07_moments.ipynb #b6c01a01
+_IMAGE_KEYS = ("pixel_values", "image", "images", "img", "x", "input", "inputs")
+
+def _images_of(batch):
+    "The images of a batch in one of the forms that loaders give"
+    if isinstance(batch, Mapping): return _from_dict(batch)
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Mapping): return _from_dict(batch[0])
+    found = batch if isinstance(batch, Tensor) else batch[0]
+    if not isinstance(found, Tensor): raise ValueError(f"a calibration batch holds {type(found).__name__} where images are expected: give tensors [N, C, H, W], alone or as (x, y)")
+    return found
+
+def _from_dict(batch):
+    tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1}
+    named = [k for k in _IMAGE_KEYS if k in tensors]
+    if not named and len(tensors) != 1:
+        raise ValueError(f"calibration batches are dicts with the entries {', '.join(map(str, batch))}, and which of them are the images can't be told: give tensors, such as [b['images'] for b in loader]")
+    return tensors[named[0] if named else next(iter(tensors))]
 
 # %% ../nbs/07_moments.ipynb #0f997aee
 def observe(
@@ -149,8 +171,10 @@ def observe(
     return {name: m.quadratic(centred=layers[name].bias is not None) for name, m in moments.items() if m.n}
 
 # %% ../nbs/07_moments.ipynb #fa182271
+_LAYERS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 def _layers(model, names):
-    found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))}
+    found = {n: m for n, m in model.named_modules() if forward_of(m) in _LAYERS}
     if names is None and not found: raise ValueError("the network has no convolution and no linear layer")
     missing = [n for n in names or () if n not in found]
     if missing: raise ValueError(f"the network has no convolution or linear layer {missing[0]!r}; it has {', '.join(found)}")

@@ -313,7 +313,9 @@ def test_a_network_that_cannot_be_traced_names_its_line():
 def test_a_network_that_the_trace_misreads_is_refused():
     state = []
     def forward(self, x): state.append(1); return self.a(x) * len(state)
-    with pytest.raises(TraceError, match="something else"): quiet(Net(forward, a=nn.Conv2d(3, 3, 1)), pictures())
+    with pytest.raises(TraceError, match="two answers to the same images"): quiet(Net(forward, a=nn.Conv2d(3, 3, 1)), pictures())
+    def forward(self, x): return self.a(x) * (2 if isinstance(x, torch.Tensor) else 1) # a stand-in is none
+    with pytest.raises(TraceError, match="something else than the network; it starts behind its last layer"): quiet(Net(forward, a=nn.Conv2d(3, 3, 1)), pictures())
 
 
 def test_a_quantized_network_is_refused(resnet):

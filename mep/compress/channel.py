@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from ..cost import Profile, profile
 from ..data import Data, calibration
-from ..graph import lockstep, note_shapes, that_fit, trace
+from ..graph import lockstep, note_shapes, resolve, that_fit, trace, worst_sqnr_db
 from ..moments import Moments, Quadratic, image_batches, observe, outputs_at, patches, positions, rows
-from ..train import evaluating, sqnr_db
+from ..train import evaluating
 
 # %% ../../nbs/compress/23_channel.ipynb #1a9492af
 class _Sets:
@@ -51,9 +51,10 @@ _FLAT = {"flatten", "Flatten", "reshape", "view"}
 
 class _Wiring(fx.Interpreter):
     "Runs a network once and follows every channel through it"
-    def __init__(self, net, shared):
+    def __init__(self, net, shared, computed):
         super().__init__(net)
-        self.shared, self.sets, self.wires = shared, _Sets(), {} # node -> a number per channel
+        self.shared, self.computed = shared, computed
+        self.sets, self.wires = _Sets(), {} # node -> a number per channel
         self.locks, self.adds = {}, {} # number -> reason, number -> name of an addition
         self.writes, self.follows, self.reads = {}, {}, {} # layer -> a number per output; per channel; per input
 
@@ -76,16 +77,18 @@ class _Wiring(fx.Interpreter):
     def _wire(self, node, out, wires):
         "The numbers of an operation's output"
         m = self.fetch_attr(node.target) if node.op == "call_module" else None
-        found = _layer(self, node.target, m, out, wires[0]) if m is not None and m.state_dict() else _operator(self, node, m, out, wires)
+        found = _layer(self, node.target, m, out, wires[0]) if m is not None and (m.state_dict() or isinstance(m, _NORM)) else _operator(self, node, m, out, wires)
         if found is not None: return found
-        self._lock(wires, f"{node.target} is shared, it is called or owned more than once" if node.target in self.shared else
-                          f"{node.name} ({_name(node, m)}) may mix channels or fix their number")
+        if node.target in self.shared: why = f"{node.target} is shared, it is called or owned more than once"
+        elif node.target in self.computed: why = f"the weights of {node.target} are computed at each call: give mep.graph.resolve(model)"
+        else: why = f"{node.name} ({_name(node, m)}) may mix channels or fix their number"
+        self._lock(wires, why)
         return self._new(out, self.locks[wires[0][0]])
 
 # %% ../../nbs/compress/23_channel.ipynb #87167b21
 def _layer(wiring, name, m, out, wire):
     "A module with weights. None where we don't know what it does with channels"
-    if name in wiring.shared or isinstance(m, (*_CONV, nn.Linear)) and "weight" not in m._parameters: return # computed from others
+    if name in wiring.shared or name in wiring.computed: return
     if isinstance(m, _NORM):
         wiring.follows[name] = wire
         return wire
@@ -130,16 +133,27 @@ def _flat(name, node, out, wire):
     if out.ndim != 2 or out.shape[1] % len(wire) or name in ("view", "reshape") and isinstance(size, int) and size != -1: return # a size written into the code
     return [i for i in wire for _ in range(out.shape[1] // len(wire))]
 
+_POINTWISE = set("relu relu_ relu6 ReLU ReLU6 hardtanh Hardtanh clamp clip sigmoid Sigmoid silu SiLU gelu GELU hardswish Hardswish hardsigmoid Hardsigmoid tanh Tanh elu ELU "
+                 "leaky_relu LeakyReLU softplus Softplus mish Mish Dropout dropout Identity MaxPool2d max_pool2d AvgPool2d avg_pool2d AdaptiveAvgPool2d adaptive_avg_pool2d".split())
+
 def _apart(wiring, node, source):
-    "Whether every other channel of the output stays when the channels between are replaced"
-    x, outs = wiring.env[source], []
-    noise, other = torch.randn_like(x), torch.randn_like(x)
-    other[:, 1::2] = noise[:, 1::2]
-    for t in (noise, other):
+    "Whether a channel of the output hangs on the same channel of the input alone. Any two channels differ in a binary digit of their numbers: for each digit, those that have it are replaced"
+    m = wiring.fetch_attr(node.target) if node.op == "call_module" else None
+    if _name(node, m) in _POINTWISE: return True
+    x = wiring.env[source]
+    n, noise, other = x.shape[1], torch.randn_like(x), torch.randn_like(x)
+    def run(t):
         wiring.env[source] = t
-        outs.append(getattr(wiring, node.op)(node.target, *wiring.fetch_args_kwargs_from_env(node)))
-    wiring.env[source] = x
-    return torch.equal(outs[0][:, 1::2], outs[1][:, 1::2])
+        try: return getattr(wiring, node.op)(node.target, *wiring.fetch_args_kwargs_from_env(node))
+        finally: wiring.env[source] = x
+    before = run(noise.clone())
+    for digit in range(max(1, (n - 1).bit_length())):
+        has = (torch.arange(n, device=x.device) >> digit & 1).bool()
+        for changed in (has, ~has):
+            t = noise.clone()
+            t[:, changed] = other[:, changed]
+            if not torch.equal(run(t)[:, ~changed], before[:, ~changed]): return False
+    return True
 
 # %% ../../nbs/compress/23_channel.ipynb #69e168a2
 @dataclass(eq=False)
@@ -165,11 +179,13 @@ def channel_groups(
     input_shape:tuple, # (C, H, W)
 )->list: # In the network's order
     "All groups of channels, as `ChannelGroup`. Raises `TraceError` for a network that can't be traced, ValueError for NaN in its weights."
-    net, p = trace(model), next(model.parameters(), torch.zeros(()))
+    if not isinstance(model, nn.Module): raise TypeError(f"a network is a torch.nn.Module, got {type(model).__name__}")
     _check_weights(model)
+    p = next(model.parameters(), torch.zeros(()))
     with torch.no_grad(), torch.random.fork_rng([p.device] if p.is_cuda else []):
         x = torch.randn(2, *input_shape).to(p)
-        wiring = _Wiring(note_shapes(net, x), _shared(model, net))
+        net = trace(model, x=x)
+        wiring = _Wiring(note_shapes(net, x), _shared(model, net), _computed(model))
         wiring.run(x)
     return _groups(wiring)
 
@@ -181,10 +197,14 @@ def _check_weights(model):
 def _shared(model, net):
     "Names of modules that are called twice, or whose weights another module has too"
     own, owners = dict(model.named_modules()), {}
-    twice = {n.target for n in net.graph.nodes if n.op == "call_module" and n.target not in own}
+    twice = {n.target for n in net.graph.nodes if n.op == "call_module" and n.target != n.meta.get("module", n.target)}
     for name, m in own.items():
         for p in m._parameters.values(): owners.setdefault(id(p), set()).add(name)
     return twice.union((re.sub(r"_again\d*$", "", n) for n in twice), *(names for p, names in owners.items() if len(names) > 1 and p != id(None)))
+
+def _computed(model):
+    "Names of modules whose weight is made from other tensors"
+    return {n for n, m in model.named_modules() if isinstance(m, (*_CONV, nn.Linear)) and "weight" not in m._parameters}
 
 def _groups(wiring):
     whole = copy.deepcopy(wiring.sets)
@@ -539,6 +559,7 @@ def channel_prune(
 
     Raises `TraceError` for a network that can't be traced; ValueError for a ratio outside (0, 1), a budget that can't be met, an unknown or locked layer, layers joined by an addition but given different
     ratios, NaN, too few images, or a forward that doesn't fit the new sizes. Warns of layers that too few images are given for."""
+    model = resolve(model)
     batches = _on_device(calibration(images, min(512, len(images.train.dataset)), seed) if isinstance(images, Data) else images, model)
     shape = tuple(batches[0].shape[1:])
     groups = channel_groups(model, shape)
@@ -623,10 +644,8 @@ def _with_bias(model):
 def _checked(full, small, x):
     "The small network, if it does what the masked one does"
     with torch.no_grad(), evaluating(full), evaluating(small):
-        try: same = sqnr_db(_first(full(x)), _first(small(x))) > 50
+        try: same = worst_sqnr_db(full(x), small(x)) > 50
         except (RuntimeError, ValueError, IndexError) as e: same, why = False, str(e).splitlines()[0]
         else: why = "its output is another"
     if not same: raise ValueError(f"the smaller network doesn't run as it should ({why}): its forward depends on the number of channels. Write it without, or leave those layers with skip=")
     return small
-
-def _first(out): return out if isinstance(out, Tensor) else _first(next(iter(out.values() if isinstance(out, dict) else out)))

@@ -36,7 +36,7 @@ from .svd import METHODS, compose, sizes
 from ..cost import Table, profile
 from ..data import Data, calibration
 from ..deploy import export_onnx, latencies
-from ..graph import lockstep, note_shapes, swap, that_fit, trace
+from ..graph import is_plain, lockstep, note_shapes, resolve, swap, tensors, that_fit, trace
 from ..moments import Moments, Quadratic, image_batches, observe, outputs_at, patches, positions, rows
 from ..plot import COLORS, style
 from ..store import Store, content_hash, load as load_artifact, save as save_artifact
@@ -56,10 +56,11 @@ def folded(
     x:Tensor, # One or two images [N, C, H, W]
 )->tuple: # The graph, and name -> `Layer`
     "The network as a graph without batch norms behind convolutions, and the layers in it that may change: all that are used once, under one name."
-    net, shared, layers = note_shapes(trace(model), x), _shared(model), {}
+    net, shared, layers = note_shapes(trace(model, x=x), x), _shared(model), {}
+    own = dict(model.named_modules())
     for node in list(net.graph.nodes):
         op = net.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(op, (nn.Conv2d, nn.Linear)) or {node.target, node.target.split("_again")[0]} & shared or not node.meta["shape"]: continue
+        if not is_plain(own.get(node.target), nn.Conv2d, nn.Linear) or {node.target, node.target.split("_again")[0]} & shared or not node.meta["shape"]: continue
         norm = _fold(net, node, op, shared)
         macs = math.prod(node.meta["shape"]) // node.meta["shape"][0] * op.weight[0].numel()
         hw = tuple(node.args[0].meta["shape"][2:]) if isinstance(op, nn.Conv2d) else ()
@@ -77,7 +78,7 @@ def _fold(net, node, op, shared):
     "Put the batch norm that alone reads a convolution into it; its name and scale"
     user = next(iter(node.users)) if len(node.users) == 1 else None
     bn = net.get_submodule(user.target) if user is not None and user.op == "call_module" else None
-    if not (isinstance(op, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)) or bn.running_mean is None or user.target in shared: return "", torch.ones_like(op.weight.flatten(1)[:, 0])
+    if not (isinstance(op, nn.Conv2d) and isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))) or bn.running_mean is None or user.target in shared: return "", torch.ones_like(op.weight.flatten(1)[:, 0])
     new, scale = copy.deepcopy(op), ((1 if bn.weight is None else bn.weight) / (bn.running_var + bn.eps).sqrt()).detach()
     new.weight = nn.Parameter(op.weight.detach() * scale.view(-1, 1, 1, 1), False)
     new.bias = nn.Parameter(((0 if op.bias is None else op.bias.detach()) - bn.running_mean) * scale + _shift(bn), False)
@@ -106,22 +107,36 @@ def sensitivity(
     seed:int=0, # Of the directions
     progress:bool=True, # Show a bar on stderr
 )->dict: # Layer -> matrix G [C_out, C_out]
-    "How much noise at a layer's output moves the network's output: noise of covariance S adds tr(G S) to its squared error. One backward pass for each probe."
+    "How much noise at a layer's output moves the network's output: noise of covariance S adds tr(G S) to its squared error. Of several outputs, each counts relative to its power. One backward pass for each probe."
     outs, found, n, random = {}, {}, 0, torch.Generator().manual_seed(seed)
     hooks = [net.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: outs.__setitem__(name, (m, out))) for name in names]
     try:
         with evaluating(net), torch.enable_grad():
             for x in tqdm(batches, desc="sensitivity", disable=not progress):
-                z, n = _first(net(x.clone().requires_grad_(True))), n + len(x)
+                z, n = _answers_of(net(x.clone().requires_grad_(True))), n + len(x)
+                weights = _weights(z)
                 for k in range(probes):
-                    gradients = torch.autograd.grad((z * _probe(z, random)).sum(), [out for _, out in outs.values()], retain_graph=k < probes - 1)
+                    aim = sum(w**.5 * (o * _probe(o, random)).sum() for w, o in zip(weights, z))
+                    gradients = torch.autograd.grad(aim, [out for _, out in outs.values()], retain_graph=k < probes - 1, allow_unused=True, materialize_grads=True)
                     for (name, (m, _)), g in zip(outs.items(), gradients): found[name] = found.get(name, 0) + _square(m, g)
     finally:
         for hook in hooks: hook.remove()
     return {name: g / (n * probes) for name, g in found.items()}
 
 # %% ../../nbs/compress/24_select.ipynb #85fd7a23
-def _first(out): return out if isinstance(out, Tensor) else _first(next(iter(out.values())) if isinstance(out, Mapping) else out[-1])
+def _answers_of(out):
+    "The outputs that can be wrong by a little; of all outputs, whatever they are nested in"
+    found = [t for t in tensors(out) if t.is_floating_point()]
+    if not found: raise ValueError("the network has no output of floating-point numbers: give the network without its last step, such as an argmax")
+    return found
+
+def _weights(outs): return [1.] if len(outs) == 1 else [1 / max(o.detach().square().sum().item() / len(o), 1e-30) for o in outs]
+
+def _answers(net, images):
+    "All outputs on all images, one tensor for each output"
+    batches = [images] if isinstance(images, Tensor) else images
+    with evaluating(net): found = [[o.float().cpu() for o in _answers_of(net(x))] for b in batches for x in b.split(64)]
+    return [torch.cat(parts) for parts in zip(*found)]
 
 def _probe(z, random):
     "A random direction; of logits, one that moves them against each other"
@@ -225,11 +240,14 @@ def cuts(
     return [(s.rank, *refine(t, m.formula, [x[0] for x in s.factors], steps)) for s in starts]
 
 # %% ../../nbs/compress/24_select.ipynb #11dcbcc3
-def _distance(after, before):
-    "Mean squared change of an output; of logits, of how they differ from each other"
-    change = after - before
-    if change.ndim == 2: change = change - change.mean(1, keepdim=True)
-    return change.square().sum().item() / len(change)
+def _distance(after, before, weights=None):
+    "Mean squared change of all outputs; of logits, of how they differ from each other"
+    total = 0.
+    for a, b, w in zip(after, before, weights or _weights(before)):
+        change = a - b
+        if change.ndim == 2: change = change - change.mean(1, keepdim=True)
+        total += w * change.square().sum().item() / len(change)
+    return total
 
 # %% ../../nbs/compress/24_select.ipynb #18be0120
 def felt(
@@ -240,12 +258,12 @@ def felt(
     images:Tensor, # To measure on
 )->float:
     "Mean squared change of the network's output when a layer gets other weights, measured"
-    op, before = net.get_submodule(name), logits(net, images)[0]
+    op, before = net.get_submodule(name), _answers(net, images)
     new, w = copy.deepcopy(op), w.to(op.weight)
     new.weight = nn.Parameter(w.view_as(op.weight), False)
     if op.bias is not None: new.bias = nn.Parameter(f.bias(w[None]).to(w), False)
     net.set_submodule(name, new)
-    after = logits(net, images)[0]
+    after = _answers(net, images)
     net.set_submodule(name, op)
     return _distance(after, before)
 
@@ -486,6 +504,7 @@ def apply_plan(
     plan:Plan, # What to make of it
 )->nn.Module: # A copy; the weights of layers that were cut mean nothing yet
     "The structure that a plan describes. Raises ValueError if the network isn't the one that was planned for."
+    model = resolve(model)
     small = remove(model, _kept(model, plan)) if plan.channels else model
     modules = dict(small.named_modules())
     if unknown := [n for n in plan.layers if n not in modules]: raise ValueError(f"the plan names a layer {unknown[0]!r} that the network does not have: give the network that was compressed")
@@ -591,7 +610,8 @@ def realize(
     exact, found = folded(model, batches[0][:2])
     found, groups = {n: l for n, l in found.items() if layers is None or n in layers}, _kept(model, plan)
     masks = {n: _stays(t, keep, g.width) for g, keep in groups.items() for n, t in (*g.producers.items(), *g.followers.items())}
-    changed = remove(exact, {replace(g, followers={n: t for n, t in g.followers.items() if n in found}): keep for g, keep in groups.items()})
+    there = dict(exact.named_modules()) # without the batch norms that were folded into other layers
+    changed = remove(exact, {replace(g, followers={n: t for n, t in g.followers.items() if n in there}): keep for g, keep in groups.items()})
     new, errors, batches = apply_plan(model, plan).eval(), {}, that_fit(note_shapes(exact, batches[0][:2]), batches)
     for stop in tqdm(lockstep(exact, changed, batches, found), total=len(found), desc="fit", disable=not progress):
         name, choice, stays = stop.name, plan.layers.get(stop.name), masks.get(stop.name)
@@ -665,12 +685,12 @@ class _Job:
     "A network, its images and what is asked"
     def __init__(self, model, data, **options):
         vars(self).update(options)
-        self.model, self.data = model, data
+        self.model, self.data = resolve(model), data
         home = next(model.parameters())
         images = calibration(data, min(self.n_images, len(data.train.dataset)), self.seed) if isinstance(data, Data) else data
         self.batches = [b.to(home) for b in image_batches(images)]
         self.shape, self.n = tuple(self.batches[0].shape[1:]), sum(map(len, self.batches))
-        self.macs_before = profile(model, self.shape).macs
+        self.macs_before = profile(self.model, self.shape).macs
         self.cutters = [m for m in self.methods if m != "channel"]
         self.some = torch.cat(self.batches)[:256]
 
@@ -901,7 +921,7 @@ def _held_out(job):
 
 def _moves(job, scores, tried, held, seen):
     "Squared change of the network's output for each choice, fitted in few steps, and each image"
-    answers, plans = logits(job.model, held)[0], {name: _plan(job, chosen) for name, chosen in tried.items()}
+    answers, plans = _answers(job.model, held), {name: _plan(job, chosen) for name, chosen in tried.items()}
     keys = {name: f"check{job.fit_steps}/{content_hash(plan.to_dict())[:16]}" for name, plan in plans.items()}
     rest = scores.gs, scores.names, job.samples // 2, job.fit_steps // 4, job.seed
     found = job.each({keys[name]: (_change, job.model, plan, seen, held, answers, *rest) for name, plan in plans.items()}, "check")
@@ -909,7 +929,9 @@ def _moves(job, scores, tried, held, seen):
 
 def _change(model, plan, seen, held, answers, *rest):
     "How much a plan, built, moves the answer to each image"
-    return dict(moved=[_distance(after[None], before[None]) for after, before in zip(logits(realize(model, plan, seen, *rest, progress=False)[0], held)[0], answers)])
+    after, weights = _answers(realize(model, plan, seen, *rest, progress=False)[0], held), _weights(answers)
+    def image(outs, i): return [o[i:i + 1] for o in outs]
+    return dict(moved=[_distance(image(after, i), image(answers, i), weights) for i in range(len(held))])
 
 # %% ../../nbs/compress/24_select.ipynb #d3b6049e
 def greedy(
@@ -1028,7 +1050,7 @@ def compress(
         start = time.perf_counter()
         plan, gs, names = CHOOSE[select](job)
         job.facts["seconds to choose"], start = time.perf_counter() - start, time.perf_counter()
-        new, errors = _fitted(job, plan, gs, names) if refit else (_plain_weights(model, plan), {})
+        new, errors = _fitted(job, plan, gs, names) if refit else (_plain_weights(job.model, plan), {})
         job.facts["seconds to fit"] = time.perf_counter() - start
     report = _report(job, new, plan, errors)
     if epochs: new = fit(new, data, epochs, **dict(teacher=model, lr=.05, alpha=.5, seed=seed, progress=progress) | train).model

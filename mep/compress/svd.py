@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cost import profile
-from ..graph import TraceError, lockstep, note_shapes, swap, that_fit, trace
+from ..graph import TraceError, is_plain, lockstep, note_shapes, resolve, swap, that_fit, trace
 from ..moments import Moments, Quadratic, image_batches, observe, patches, positions, rows
 
 # %% ../../nbs/compress/21_svd.ipynb #750b4fce
@@ -168,12 +168,14 @@ def why_not(
 )->str|None: # None: it can be cut
     "Why a layer can't be cut by a method"
     if isinstance(op, nn.modules.conv._ConvTransposeNd): return "it is a transposed convolution"
-    if type(op) not in (nn.Conv2d, nn.Linear): return f"it is a {type(op).__name__}; only nn.Conv2d and nn.Linear themselves are known"
+    if not is_plain(op, nn.Conv2d, nn.Linear): return f"it is a {type(op).__name__}{_own(op)}; only nn.Conv2d and nn.Linear themselves are known"
     kernel = getattr(op, "kernel_size", (1, 1))
     if len(method.parts) > 1 and kernel == (1, 1): return "its kernel is 1 x 1: use weight_svd"
     if not any({"y", "x"} <= set(p) for p in method.parts) and 1 in kernel: return f"its kernel {kernel} has one dimension only: use weight_svd"
     one = method.macs(op, (1,) * len(method.letters)) / layer_macs(op)
     if one >= 1: return f"it is too small: rank 1 already costs {one:.2f} of its MACs"
+
+def _own(op): return " with a forward, hooks or parametrization of its own" if isinstance(op, (nn.Conv2d, nn.Linear)) else ""
 
 # %% ../../nbs/compress/21_svd.ipynb #071a6c5b
 def _roots(parts, h, size):
@@ -456,7 +458,7 @@ def output_scales(
 def _in_order(model, images, names, make, samples=2**15, seed=0):
     "Chains for some layers, each made for the inputs that it gets in the cut network"
     random, new = torch.Generator().manual_seed(seed), {}
-    exact, changed = note_shapes(trace(model), images[0]), trace(model)
+    exact, changed = note_shapes(trace(model, x=images[0][:2]), images[0]), trace(model)
     for stop in lockstep(exact, changed, that_fit(exact, images), names):
         new[stop.name] = make(stop.name, _asymmetric(stop, math.ceil(samples / stop.n), random))
         changed.set_submodule(stop.name, new[stop.name])
@@ -490,6 +492,7 @@ def factorize(
     a layer that is unknown or can't be cut, NaN, or no image; `mep.graph.TraceError` for images and a network that torch.fx can't trace, unless `sequential=False`."""
     settings = dict(method=method, rank=rank, macs=macs, energy=energy)
     _check(module, multiple, **settings)
+    module = resolve(module)
     images = None if data is None or isinstance(data, (dict, Quadratic)) else image_batches(data)
     if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
         quad = centred(nn.Sequential(module), images)["0"] if images else data

@@ -27,7 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..cost import profile
 from ..data import shapes_segmentation
 from ..deploy import _alternate
-from ..graph import swap
+from ..graph import is_plain, resolve, swap
 from ..moments import output_size
 from ..train import BasicBlock, InvertedResidual, evaluating
 
@@ -121,10 +121,13 @@ def conv_tiles(
         return F.linear(p.permute(0, 2, 3, 1).flatten(1), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)[:, :, None, None]
     return F.conv2d(p, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
+def _what(conv):
+    own = " with a forward, hooks or parametrization of its own" if isinstance(conv, nn.Conv2d) else ""
+    return f"{type(conv).__name__}{own}"
+
 def _check(x, conv, mask, base, tile):
     "Refuse what does not fit, and say why"
-    if type(conv).__name__ == "ConvTranspose2d" or not isinstance(conv, nn.Conv2d):
-        raise TypeError(f"sparse_conv computes nn.Conv2d, not {type(conv).__name__}: leave this layer dense")
+    if not is_plain(conv, nn.Conv2d): raise TypeError(f"sparse_conv computes nn.Conv2d, not {_what(conv)}: leave this layer dense")
     n, size = len(x), output_size(conv, x)
     if mask.shape != (n, 1, *size): raise ValueError(f"the mask must have a value for every output, {[n, 1, *size]}, but is {list(mask.shape)}")
     if base is not None and base.shape != (n, conv.out_channels, *size):
@@ -245,10 +248,10 @@ def _parts(layers):
     "Layers cut into Sequentials that begin with a convolution; those of one position stay with the part before"
     parts = []
     for m in layers:
-        if isinstance(m, nn.Conv2d):
+        if is_plain(m, nn.Conv2d):
             if m.padding_mode != "zeros": raise ValueError(f"{m} pads by {m.padding_mode!r}: inside a block with a mask only zero padding works")
             if not parts or not _is_1x1(m): parts.append([])
-        elif not isinstance(m, _POINTWISE): raise ValueError(f"{type(m).__name__} looks beyond a position, or is unknown: a block with a mask takes Conv2d, BatchNorm2d and activations")
+        elif not is_plain(m, *_POINTWISE): raise ValueError(f"{type(m).__name__} looks beyond a position, or is unknown: a block with a mask takes Conv2d, BatchNorm2d and activations")
         elif not parts: raise ValueError(f"a block with a mask begins with a convolution, not with {type(m).__name__}")
         parts[-1].append(m)
     return [nn.Sequential(*p) for p in parts]
@@ -333,6 +336,7 @@ class DynamicConv2d(_Gated):
         conv:nn.Conv2d, # Layer to skip where it isn't worth it; copied
         tile:int=None, # As in `sparse_conv`
     ):
+        if not is_plain(conv, nn.Conv2d): raise TypeError(f"a convolution with a mask is made of nn.Conv2d, not {_what(conv)}")
         super().__init__(conv.in_channels, conv.stride, tile)
         self.conv = copy.deepcopy(conv)
 
@@ -366,6 +370,7 @@ def dynamic(
     """Give every residual block a mask: those of mep.train, and of torchvision's ResNets and MobileNetV2.
 
     Raises ValueError if there is none, for an unknown name in `skip`, and for blocks with layers that look beyond a position, such as squeeze-and-excite."""
+    model = resolve(model)
     known = {n: m for n, m in model.named_modules() if type(m) in _BLOCKS}
     if unknown := set(skip) - set(known): raise ValueError(f"skip names {sorted(unknown)[0]!r}, which is no residual block of the network; it has {', '.join(known) or 'none'}")
     with torch.random.fork_rng(devices=[]):
@@ -500,7 +505,7 @@ def ready(
     model = copy.deepcopy(model).eval()
     for line in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
         for (a, conv), (b, norm) in pairwise(line.named_children()):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d): line._modules[a], line._modules[b] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+            if is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm): line._modules[a], line._modules[b] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     for m in model.modules():
         if isinstance(m, _Gated): m.tile = tile
     return model.to(memory_format=torch.channels_last)

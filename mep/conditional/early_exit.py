@@ -255,10 +255,7 @@ def _check_thresholds(thresholds, n):
 
 def _traced(model, x):
     "The network as a graph that knows its shapes"
-    net = trace(model)
-    for m in net.modules():
-        if hasattr(m, "inplace"): m.inplace = False # an exit may still have to read what it would overwrite
-    return note_shapes(net, x)
+    return note_shapes(trace(model, x=x), x)
 
 def _device(model): return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 def _example(model, shape, n=_PROBE): return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(_device(model))
@@ -290,7 +287,7 @@ def _check_same(model, net, x):
     with torch.no_grad(): got = net(x)
     want = want if isinstance(want, (list, tuple)) else [want]
     if not all(torch.allclose(a, b, atol=1e-3, rtol=1e-3, equal_nan=True) for a, b in zip(want[::-1], got[::-1])):
-        raise TraceError("cut in stages, the network computes something else: its forward depends on the input's values, or changes a tensor in place that is read again. Rewrite that part")
+        raise TraceError("cut in stages, the network computes something else, though its recording does not: that is this library's mistake. Please report it, with the network")
 
 # %% ../../nbs/conditional/40_early_exit.ipynb #0a73a3e5
 def exit_loss(

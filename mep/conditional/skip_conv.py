@@ -9,6 +9,7 @@ __all__ = ['NormGate', 'GumbelGate', 'reached', 'Memory', 'SkipConv2d', 'scene_c
 # %% ../../nbs/conditional/42_skip_conv.ipynb #d7c343d3
 import copy
 import difflib
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .dynamic_conv import CELL, STEP, _any, _own, choose_tile, conv_tiles, open_gate, put, small_objects, take, tiles
+from .dynamic_conv import CELL, STEP, _any, choose_tile, conv_tiles, open_gate, put, small_objects, take, tiles
 from ..data import shapes_segmentation
-from ..graph import swap
+from ..graph import is_plain, resolve, swap
 from ..train import fit
 
 # %% ../../nbs/conditional/42_skip_conv.ipynb #6475407c
@@ -102,7 +103,9 @@ class SkipConv2d(nn.Module):
         name:str="SkipConv2d", # For messages
     ):
         super().__init__()
-        if not isinstance(conv, nn.Conv2d): raise TypeError(f"{name}: a skip-convolution is made of nn.Conv2d, not {type(conv).__name__}")
+        if not is_plain(conv, nn.Conv2d):
+            own = f"a {type(conv).__name__} with a forward, hooks or parametrization of its own" if isinstance(conv, nn.Conv2d) else type(conv).__name__
+            raise TypeError(f"{name}: a skip-convolution is made of nn.Conv2d, not {own}")
         if not 0 < refresh <= 1: raise ValueError(f"{name}: refresh is a share of positions, in (0, 1], got {refresh!r}")
         self.conv, self.gate, self.refresh, self.tile, self.name = copy.deepcopy(conv), gate, refresh, tile, name
         self.reset()
@@ -185,8 +188,11 @@ def _convolutions(model, skip):
     for name, m in names.items():
         if isinstance(m, nn.modules.conv._ConvTransposeNd) and name not in skip:
             raise ValueError(f"{name} is {type(m).__name__}, which has no skip form: name it in skip, and it runs on every frame in full")
-    found = {n: m for n, m in names.items() if isinstance(m, nn.Conv2d) and n not in skip}
-    if not found: raise ValueError("the network has no nn.Conv2d to convert" + (" beside those in skip" if skip else ""))
+    wanted = {n: m for n, m in names.items() if isinstance(m, nn.Conv2d) and n not in skip}
+    found = {n: m for n, m in wanted.items() if is_plain(m, nn.Conv2d)}
+    own = [n for n in wanted if n not in found]
+    if own: warnings.warn(f"{', '.join(own)}: convolutions with a forward or hooks of their own, which run on every frame in full", stacklevel=3)
+    if not wanted: raise ValueError("the network has no nn.Conv2d to convert" + (" beside those in skip" if skip else ""))
     return found
 
 def _once(layer, args):
@@ -241,7 +247,8 @@ def skip_convert(
     tile:int=None, # As in `sparse_conv`
     skip:tuple=(), # Names of layers to leave as they are
 ) -> SkipNet:
-    "The video form of a network. Raises ValueError for transposed convolutions and unknown names, and for a layer that stands in two places."
+    "The video form of a network; convolutions with a forward of their own run in full, with a warning. Raises ValueError for transposed convolutions and unknown names, and for a layer that stands in two places."
+    model, mode = resolve(model), model.training
     convs = _convolutions(model, skip)
     eps = eps if isinstance(eps, dict) else {"*": eps}
     for name in eps:
@@ -251,7 +258,7 @@ def skip_convert(
     def make(name, conv):
         e = eps.get(name, eps.get("*"))
         return SkipConv2d(conv, NormGate(e, block) if gate == "norm" else GumbelGate(conv.in_channels, e, block), refresh, tile, name)
-    return SkipNet(*_own([swap(model, {n: make(n, m) for n, m in convs.items()})]), refresh).train(model.training)
+    return SkipNet(swap(model, {n: make(n, m) for n, m in convs.items()}), refresh).train(mode)
 
 # %% ../../nbs/conditional/42_skip_conv.ipynb #6837a643
 def work(

@@ -555,9 +555,8 @@ def chop(
     at:Sequence[str]=(), # Modules or operations after which to cut: end of the stem, of each block; empty: where the size changes
 )->Parts: # Copies in evaluation mode
     "Cut a network into stem, blocks and head. Raises ValueError naming the network and the reason if that can't be done, `TraceError` if it can't be traced."
-    net = note_shapes(trace(model), torch.zeros(1, *input_shape))
-    for m in net.modules():
-        if getattr(m, "inplace", False): m.inplace = False # a part must not overwrite what it is given
+    x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
+    net = note_shapes(trace(model, x=x), x[:1]) # nothing in place: a part must not overwrite what it is given
     try:
         maps = _before_head(net, _cut_points(net))
         ends = _named(net, maps, at) if at else _where_size_changes(net, maps)

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..graph import lockstep, that_fit
+from ..graph import lockstep, that_fit, worst_sqnr_db
 from ..moments import Moments, Quadratic, image_batches, outer, outputs_at, patches, positions, rows
 from .grid import Grid, bound_pairs, neighbours, quantize as to_integers
-from .sim import QuantLayer, QuantModel, _device, _float_logits, _logits, _worst_db, quantize
+from .sim import QuantLayer, QuantModel, _device, _float_logits, _logits, quantize
 from ..store import Store, content_hash
 
 # %% ../../nbs/quant/33_adaround.ipynb #36dc63cc
@@ -359,7 +359,7 @@ def _hold_out(batches):
 def _judged(qm, nearest, x):
     "The rounded network, or the nearest where that keeps the outputs better on images that neither was fitted to"
     want = _float_logits(nearest, x, 1e9)
-    rounded, plain = (_worst_db(want, _logits(q, x, 1e9)) for q in (qm, nearest))
+    rounded, plain = (worst_sqnr_db(want, _logits(q, x, 1e9)) for q in (qm, nearest))
     if rounded >= plain: return qm
     warnings.warn(f"rounding to nearest is returned: on {len(x)} images held out it keeps {plain:.1f} dB of the outputs, adaround {rounded:.1f} dB. More calibration images help", stacklevel=3)
     return nearest

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cost import Profile, Table, profile
-from ..graph import note_shapes
+from ..graph import note_shapes, tensors
 from ..moments import image_batches
 from .grid import Grid, bound_pairs, fake_quant, make_grid, mse_range
 from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _calibrate, _check, _device, _module, _same, _some_images, _structure, _what
@@ -308,7 +308,7 @@ def bayesian_bits(
     Raises ValueError for `mu < 0`, other widths, NaN, no images or a quantized network, `TraceError` for one that can't be traced, and what `fit` raises."""
     if not 0 <= mu < math.inf: raise ValueError(f"mu={mu!r}: the price of a bit is a number from 0 on; 0.001 to 0.1 is usual")
     if max_bits not in WIDTHS: raise ValueError(f"max_bits={max_bits!r}: widths double from 2, so give one of {', '.join(map(str, WIDTHS))}")
-    skeleton, net = _prepare(model, data, max_bits, (min(max_bits, 8),) * 2, per_channel, prune, skip)
+    skeleton, net = _prepare(model, data, max_bits, (min(max_bits, 8),) * 2, per_channel, prune, skip, kw.get("loss"))
     _price(net, skeleton, mu)
     steps = epochs * len(_train_loader(data))
     make = partial(_optimizer, lr=lr, range_lr=range_lr, gate_lr=gate_lr or 30 / max(steps, 1))
@@ -323,7 +323,7 @@ def bayesian_bits(
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #d0131c7a
 def _file(checkpoint, phase): return None if checkpoint is None else f"{checkpoint}.{phase}"
 
-def _prepare(model, data, max_bits, start_bits, per_channel, prune, skip):
+def _prepare(model, data, max_bits, start_bits, per_channel, prune, skip, loss=None):
     "The skeleton of sim, and the same with gates"
     settings = dict(w_bits=8, a_bits=8, per_channel=per_channel, skip=list(skip), layer_bits={}, cpu="any")
     _check(model, settings, "mse", None)
@@ -331,10 +331,20 @@ def _prepare(model, data, max_bits, start_bits, per_channel, prune, skip):
     x = batches[0][:2].to(_device(model))
     qm = _structure(model, x, settings)
     _same(model, qm, x)
+    if loss is None: _check_outputs(qm, x)
     if not qm.layers(): raise ValueError("nothing to quantize: the network has no convolution or linear layer that runs on integers")
     qm.check_batch = _some_images(batches, 32).cpu()
     if qm.report.floats: warnings.warn("left in float: " + ", ".join(f"{n} ({why})" for n, why in qm.report.floats.items()), stacklevel=3)
     return qm, _gated(qm, batches, max_bits, start_bits, per_channel, prune)
+
+def _check_outputs(qm, x):
+    "Without a loss of the user's, training asks for the right class: of the output, or of the last of several exits"
+    with torch.no_grad(): out = qm(x)
+    exits = [out] if isinstance(out, Tensor) else out
+    alike = isinstance(exits, (list, tuple)) and all(isinstance(o, Tensor) and o.ndim == 2 and o.shape == exits[-1].shape for o in exits)
+    if alike or isinstance(out, Tensor): return
+    names = f" ({', '.join(map(str, out))})" if isinstance(out, dict) else ""
+    raise ValueError(f"the network returns {len(tensors(out))} outputs{names}, and what they should be isn't known: give loss=, a function of them and the labels")
 
 def _train_loader(data): return getattr(data, "train", data[0] if isinstance(data, tuple) else data)
 
@@ -365,7 +375,7 @@ def train_quantized(
     "Quantization-aware training at one width, with learned ranges. Raises as `bayesian_bits`."
     for what, b in (("w_bits", w_bits), ("a_bits", a_bits)):
         if b not in WIDTHS: raise ValueError(f"{what}={b!r}: widths double from 2, so give one of {', '.join(map(str, WIDTHS))}")
-    skeleton, net = _prepare(model, data, max(w_bits, a_bits, 8), (w_bits, a_bits), per_channel, False, skip)
+    skeleton, net = _prepare(model, data, max(w_bits, a_bits, 8), (w_bits, a_bits), per_channel, False, skip, kw.get("loss"))
     for name, m in net.named_modules():
         bits = w_bits if isinstance(m, GatedLayer) else max(a_bits, 8) if name.endswith("quantizers.input") else a_bits
         if isinstance(m, (GatedLayer, GatedActivation)): m.nested.phi.data = torch.where(torch.arange(len(m.nested.phi)) < WIDTHS.index(bits), 6., -6.).to(m.nested.phi)

@@ -22,27 +22,30 @@ from ..moments import image_batches
 from .grid import dequantize
 from .sim import (_ADD, _NORMAL, _NOTHING, Clip, OnGrid, QuantAdd, QuantLayer, QuantModel, Quantizer, _arguments, _bypass, _call, _device, _finish,
                            _mean, _module, _swap, _trace, _what, fold_bn, quantize)
-from ..train import evaluating, sqnr_db
+from ..graph import tensors, worst_sqnr_db
+from ..train import evaluating
 
 # %% ../../nbs/quant/32_dfq.ipynb #616f1e22
 def prepare(
     model:nn.Module, # Any network that torch.fx can trace; not changed
+    x:Tensor|None=None, # As in `fold_bn`
 )->fx.GraphModule: # The same function, in evaluation mode
     """Batch norms folded, activation functions as `Clip`; layers that had a batch norm know the mean and deviation of their outputs.
 
     They are the buffers `out_mean` and `out_std` [C_out]. Raises ValueError for a quantized network or weights with NaN, `TraceError` if it can't be traced."""
     _check(model)
-    net, raw = fold_bn(model), _trace(model)
+    net, raw = fold_bn(model, x), _trace(model)
+    called = {n.target for n in net.graph.nodes if n.op == "call_module"}
     for node in raw.graph.nodes:
         bn = _module(raw, node, _BN)
         if bn is None or bn.running_mean is None: continue
-        layer = _layer_at(net, node.target) or _layer_at(net, node.args[0].target)
+        layer = _layer_at(net, node.target if node.target in called else node.args[0].target) # a batch norm that is still called was not folded
         one = torch.ones_like(bn.running_mean)
         if layer is not None: _remember(layer, one * 0 if bn.bias is None else bn.bias, one if bn.weight is None else bn.weight.abs())
     return _clips(net)
 
 # %% ../../nbs/quant/32_dfq.ipynb #c9df0afa
-_BN, _LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_BN, _LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 def _check(model):
     if any(isinstance(m, (QuantModel, OnGrid)) for m in model.modules()): raise ValueError("the model is already quantized: give the float network")
@@ -425,7 +428,7 @@ def bn_images(
     progress:bool=True, # Show a bar on stderr
 )->Tensor: # [n, C, H, W]
     "Images made from noise so that each layer's outputs have the mean and deviation its batch norm remembers (Cai et al., ZeroQ, 2020). Raises ValueError without batch norms."
-    net = prepare(model).requires_grad_(False)
+    net = prepare(model, torch.randn(2, *input_shape).to(_device(model))).requires_grad_(False)
     layers = [m for m in net.modules() if isinstance(m, _LAYERS) and _known(m)]
     if not layers: raise ValueError("no layer of the network has a batch norm to make images from: give calib")
     x = torch.randn(n, *input_shape, generator=torch.Generator().manual_seed(seed)).to(layers[0].weight.device).requires_grad_()
@@ -454,11 +457,11 @@ def drop_caps(
     qm = copy.deepcopy(qmodel).eval()
     with torch.no_grad():
         exact = _in_float(qm)(x)
-        least = sqnr_db(exact, qm(x)) - max_db
+        least = worst_sqnr_db(exact, qm(x)) - max_db
         for q in qm.quantizers().values():
             if not q.clip.hi.ndim: continue
             caps, q.clip.hi = q.clip.hi, torch.full_like(q.clip.hi.max(), math.inf)
-            if sqnr_db(exact, qm(x)) < least: q.clip.hi = caps
+            if worst_sqnr_db(exact, qm(x)) < least: q.clip.hi = caps
     return qm
 
 # %% ../../nbs/quant/32_dfq.ipynb #63901897
@@ -493,7 +496,7 @@ def dfq(
     method = method or ("auto" if calib is None else "empirical")
     first = (lambda net: equalize(net, activations)) if relu6 == "carry" else (lambda net: equalize(relu6_to_relu(net), activations))
     trial = _Trial(model, x.to(_device(model)), method or ("auto" if calib is None else "empirical"), dict(kw, progress=progress))
-    qm, steps = _climb(trial, prepare(model), {"equalize": first, "absorb_bias": absorb_bias})
+    qm, steps = _climb(trial, prepare(model, trial.x[:2]), {"equalize": first, "absorb_bias": absorb_bias})
     qm = drop_caps(qm, trial.x[:32])
     qm.steps = steps
     return qm
@@ -506,12 +509,13 @@ class _Trial:
         self.exact = self.logits(model)
 
     def logits(self, model):
-        with torch.no_grad(), evaluating(model): return torch.cat([model(b) for b in self.x.split(64)])
+        with torch.no_grad(), evaluating(model): found = [tensors(model(b)) for b in self.x.split(64)]
+        return [torch.cat(parts) for parts in zip(*found)] # one tensor for each output
 
     def __call__(self, net):
         "[(SQNR in dB, quantized network)]: rounded to nearest, then with biases corrected"
         rounded = quantize(net, self.x, **self.kw)
-        return [(sqnr_db(self.exact, self.logits(qm)), qm) for qm in (rounded, correct_bias(rounded, self.x, self.method))]
+        return [(worst_sqnr_db(self.exact, self.logits(qm)), qm) for qm in (rounded, correct_bias(rounded, self.x, self.method))]
 
 def _climb(trial, net, changes):
     "Apply each change that doesn't lower the SQNR, and correct biases if that doesn't lower it; the quantized network, and the steps"

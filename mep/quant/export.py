@@ -27,26 +27,29 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.utils import _pair
 
 from ..deploy import ExportError, file_size, has_vnni, optimized_ops, read_proto, run
-from ..graph import note_shapes
+from ..graph import note_shapes, worst_sqnr_db
 from ..moments import output_size, patches, rows
 from .grid import PAIR_LIMIT, neighbours, pair_sums
-from .sim import Clip, QuantAdd, QuantLayer, QuantModel, QuantMul, Quantizer, _arguments, _inputs, _logits, _module, _what, _worst_db
+from .sim import Clip, QuantAdd, QuantLayer, QuantModel, QuantMul, Quantizer, _arguments, _inputs, _logits, _module, _what
 from ..store import write_atomic
 from ..train import sqnr_db
 
 # %% ../../nbs/quant/35_export.ipynb #08fd9b7f
 class _Graph:
     "An ONNX graph under construction"
-    def __init__(self): self.nodes, self.constants = [], {}
+    def __init__(self): self.nodes, self.constants, self.names = [], {}, set()
 
     def constant(self, name, value):
         "A named constant; returns the name"
+        if name in self.names: name = f"{name}.constant"
         self.constants[name] = value if isinstance(value, TensorProto) else numpy_helper.from_array(np.asarray(value), name)
         return name
 
     def add(self, op, *inputs, out=None, **attributes):
         "Append an operator; returns its output's name"
         out = out or f"/{op}_{len(self.nodes)}"
+        while out in self.names or out in self.constants: out = f"{out}.value" # a layer may be called like an output
+        self.names.add(out)
         self.nodes.append(helper.make_node(op, list(inputs), [out], name=out, **attributes))
         return out
 
@@ -76,9 +79,11 @@ class _Writer(_Graph):
 
     def write(self):
         "Spell the whole network; returns its outputs, name -> shape"
+        named = _named_outputs(self.net.graph.output_node().args[0])
+        self.names, self.varying = {"x", *named}, _varying(self.net)
         for node in self.net.graph.nodes:
             if node.op == "placeholder": self.value[node] = "x"
-            elif node.op == "output": return self.outputs(node.args[0])
+            elif node.op == "output": return self.outputs(named)
             elif node.op != "get_attr" and node.meta["shape"]: self.spell(node)
 
     def spell(self, node):
@@ -87,9 +92,9 @@ class _Writer(_Graph):
 
     def input(self, node): return self.value[node.args[0]]
 
-    def outputs(self, out):
-        named = out if isinstance(out, dict) else {"logits": out} if isinstance(out, fx.Node) else {f"output_{i}": n for i, n in enumerate(out)}
-        return {self.add("Identity", self.value[n], out=name): n.meta["shape"] for name, n in named.items()}
+    def outputs(self, named):
+        for name, n in named.items(): self.nodes.append(helper.make_node("Identity", [self.value[n]], [name], name=f"{name}.output"))
+        return {name: (n.meta["shape"], n.meta["dtype"]) for name, n in named.items()}
 
 # %% ../../nbs/quant/35_export.ipynb #f979e9f2
 def _onto_grid(w, node, q, x, name, factor=1):
@@ -244,20 +249,42 @@ def _getitem(w, node, m):
 
 # %% ../../nbs/quant/35_export.ipynb #6b67c97e
 def _in_torchs_words(w, node, m):
-    inputs, graph = _inputs(node), fx.Graph()
-    env = {n: graph.placeholder(f"in{i}") for i, n in enumerate(inputs)}
-    env |= {n: graph.node_copy(n) for n in node.all_input_nodes if n.op == "get_attr"}
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else n.meta["value"])
-    graph.output(graph.create_node(node.op, node.target, args, kwargs))
-    proto = _torch_export(fx.GraphModule(w.net, graph), [torch.randn(n.meta["shape"]) for n in inputs], node)
+    part, inputs = _cut_out(w, node)
+    if not inputs: raise ExportError(f"{node.name} can't be written as ONNX: it reads no activation, and is no constant")
+    proto = _torch_export(part, [_example(n) for n in inputs], f"{node.name} ({_word(_what(w.net, node))})")
     return _inline(w, proto.graph, {f"in{i}": w.value[n] for i, n in enumerate(inputs)}, f"{node.name}.")
 
-def _torch_export(part, inputs, node):
+def _cut_out(w, node):
+    "An operator as a network of its own, with what computes its batch's size and what it picks from; and the nodes that it reads"
+    inputs, graph = [], fx.Graph()
+    def read(n):
+        if _is_input(n) and n not in inputs: inputs.append(n)
+        if not _is_input(n) and _copied(w, n): [read(a) for a in n.all_input_nodes]
+    for n in node.all_input_nodes: read(n)
+    env = {n: graph.placeholder(f"in{i}") for i, n in enumerate(inputs)}
+    def take(n):
+        if n not in env and not _copied(w, n): return n.meta["value"]
+        if n not in env: env[n] = make(n)
+        return env[n]
+    def make(n):
+        args, kwargs = fx.map_arg((n.args, n.kwargs), take)
+        return graph.create_node(n.op, n.target, args, kwargs)
+    graph.output(make(node))
+    return fx.GraphModule(w.net, graph), inputs
+
+def _is_input(n): return n.op != "get_attr" and bool(n.meta["shape"])
+def _copied(w, n): return n.op == "get_attr" or n in w.varying or _is_several(n)
+def _is_several(n): return bool(n.meta["parts"]) or isinstance(n.meta.get("value"), (tuple, list)) and any(isinstance(o, Tensor) for o in n.meta["value"])
+def _example(n): return torch.randn(n.meta["shape"]) if n.meta["dtype"].is_floating_point else torch.zeros(n.meta["shape"], dtype=n.meta["dtype"])
+
+def _word(what): return what if isinstance(what, str) else what.__name__
+
+def _torch_export(part, inputs, name):
     names, f = [f"in{i}" for i in range(len(inputs))], io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: torch.onnx.export(part.eval(), tuple(inputs), f, dynamo=False, opset_version=17, input_names=names, output_names=["out"], dynamic_axes={n: {0: "n"} for n in [*names, "out"]})
-        except Exception as e: raise ExportError(f"{node.name} can't be written as ONNX: {str(e).splitlines()[0]}") from e
+        except Exception as e: raise ExportError(f"{name} can't be written as ONNX: {str(e).splitlines()[0]}") from e
     return onnx.load_from_string(f.getvalue())
 
 def _inline(w, graph, names, prefix):
@@ -267,6 +294,55 @@ def _inline(w, graph, names, prefix):
         n.input[:], n.output[:], n.name = [rename(i) for i in n.input], [rename(o) for o in n.output], prefix + n.name
         w.nodes.append(n)
     return rename(graph.output[0].name)
+
+# %% ../../nbs/quant/35_export.ipynb #b7c01a01
+class _Values(fx.Interpreter):
+    "Keeps what is no tensor"
+    def run_node(self, node):
+        out = super().run_node(node)
+        if not isinstance(out, Tensor): self.found[node] = out
+        return out
+
+def _varying(net):
+    "The sizes and such that change with the number of images"
+    run, shape = _Values(net), next(n.meta["shape"] for n in net.graph.nodes if n.op == "placeholder")
+    run.found = {}
+    with torch.no_grad(): run.run(torch.zeros(shape[0] + 1, *shape[1:]))
+    numbers = {n: v for n, v in run.found.items() if n.op != "output" and not _is_several(n)}
+    return {n for n, v in numbers.items() if v != n.meta["value"]}
+
+def _named_outputs(out, path=""):
+    "The network's outputs by name: a dict's keys, or output_0, output_1; what is nested gets both names"
+    if isinstance(out, fx.Node):
+        if out.meta["shape"] is None: raise ExportError(f"the output {out.name} is no single tensor: return its tensors one by one")
+        return {path or "logits": out}
+    if isinstance(out, dict): pairs = out.items()
+    elif isinstance(out, (list, tuple)): pairs = enumerate(out)
+    else: return {} # None, or a number
+    start = path or ("" if isinstance(out, dict) else "output")
+    return {k: v for key, o in pairs for k, v in _named_outputs(o, f"{start}_{key}" if start else str(key)).items()}
+
+# %% ../../nbs/quant/35_export.ipynb #b7c01a02
+@_spells(operator.getitem)
+def _item(w, node, m):
+    "A slice, or a part of what chunk or split made; of other operators with several results, both are written together"
+    cut = _what(w.net, node.args[0]) in (torch.chunk, "chunk", torch.split, "split")
+    return _getitem(w, node, m) if cut or not _is_several(node.args[0]) else _in_torchs_words(w, node, m)
+
+@_spells(nn.ChannelShuffle, torch.channel_shuffle)
+@_moves
+def _channel_shuffle(w, node, m):
+    n, c, *size = node.meta["shape"]
+    groups = _arguments(w.net, node, ("groups",))["groups"]
+    def shape(name, *sizes): return w.constant(f"{node.name}.{name}", np.array(sizes, np.int64))
+    y = w.add("Reshape", w.input(node), shape("apart", -1, groups, c // groups, *size))
+    y = w.add("Transpose", y, perm=[0, 2, 1, *range(3, 3 + len(size))])
+    return w.add("Reshape", y, shape("together", -1, c, *size))
+
+@_spells(nn.LocalResponseNorm)
+def _local_response_norm(w, node, m):
+    if m.size % 2 == 0: return _in_torchs_words(w, node, m) # ONNX puts the middle of an even window elsewhere
+    return w.add("LRN", w.input(node), size=m.size, alpha=float(m.alpha), beta=float(m.beta), bias=float(m.k))
 
 # %% ../../nbs/quant/35_export.ipynb #90c80270
 @dataclass(frozen=True)
@@ -321,9 +397,11 @@ def export_int8(
 def _proto(qm, x, int4, meta):
     with torch.no_grad(): note_shapes(qm.net, x)
     w = _Writer(qm.net, int4)
-    tensor = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape[1:]])
-    outputs = [tensor(n, s) for n, s in w.write().items()]
-    return _model(w, [tensor("x", x.shape)], outputs, meta), w.places
+    def tensor(name, shape, dtype):
+        kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=dtype).numpy().dtype)
+        return helper.make_tensor_value_info(name, kind, ["batch", *shape[1:]])
+    outputs = [tensor(n, *o) for n, o in w.write().items()]
+    return _model(w, [tensor("x", x.shape, torch.float32)], outputs, meta), w.places
 
 def _writable(path):
     path = Path(path)
@@ -337,18 +415,18 @@ _FLOAT = "Conv FusedConv NhwcFusedConv Gemm FusedGemm MatMul FusedMatMul".split(
 def _compare(qm, path, proto, places, x, bound):
     want = _logits(qm, x, 1e9)
     outputs = _flat(run(path, x, batch_size=8))
-    db = _worst_db(want, outputs)
+    db = worst_sqnr_db(want, outputs)
     found = overflows(path)
     if not db >= bound: raise MismatchError(_where(qm, proto, places, x[:8], bound, db) + _why_here(found))
     worst = max((a - b).abs().max().item() for a, b in zip(want, outputs))
-    known = qm.check_float is not None and torch.equal(x, qm.check_batch)
+    known = qm.check_float is not None and qm.check_batch is not None and torch.equal(x, qm.check_batch)
     ops = optimized_ops(path)
     return Check(db, worst, sum(ops[o] for o in _INTEGER), sum(ops[o] for o in _FLOAT), ops, file_size(path), 4 * sum(p.numel() for p in qm.parameters()),
-                 images=len(x), overflows=sum(o.offending for o in found), float_db=_worst_db(qm.check_float, want) if known else None)
+                 images=len(x), overflows=sum(o.offending for o in found), float_db=worst_sqnr_db(qm.check_float, want) if known else None)
 
 def _flat(out):
     if isinstance(out, dict): out = list(out.values())
-    return [t for o in out for t in _flat(o)] if isinstance(out, (list, tuple)) else [torch.as_tensor(out)]
+    return [t for o in out for t in _flat(o)] if isinstance(out, (list, tuple)) else [] if out is None else [torch.as_tensor(out)]
 
 def _why_here(found):
     if not found or has_vnni(): return ""

@@ -22,14 +22,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from tqdm import tqdm
 
 from .grid import RANGES, Grid, bounded_grid, dequantize, fake_quant, fit_grid, make_grid, pair_sums, quantize as to_integers
-from ..graph import TraceError, add_module, note_shapes, trace
+from ..graph import TraceError, add_module, note_shapes, resolve, tensors, trace, worst_sqnr_db
 from ..moments import image_batches
 from ..store import load as load_tensors, save as save_tensors
-from ..train import evaluating, sqnr_db
+from ..train import evaluating
 
 # %% ../../nbs/quant/31_sim.ipynb #65a5f13e
 class Clip(nn.Module):
@@ -223,7 +222,7 @@ class QuantMul(_Pair):
 def _fma(x, y, z): return (x.double() * y + z).float() # multiply and add with one rounding
 
 # %% ../../nbs/quant/31_sim.ipynb #2ceb037c
-def _trace(model): return trace(model, (Clip, OnGrid, _Pair))
+def _trace(model, x=None): return trace(model, (Clip, OnGrid, _Pair), x)
 
 def _module(net, node, types=nn.Module):
     "The module that a node calls, if it is one of `types`"
@@ -233,23 +232,36 @@ def _module(net, node, types=nn.Module):
 # %% ../../nbs/quant/31_sim.ipynb #dacacbda
 def fold_bn(
     model:nn.Module, # Any network that torch.fx can trace; not changed
+    x:Tensor|None=None, # Images [N, C, H, W] on which the recording is compared with the network; None: it isn't
 )->fx.GraphModule: # The same function
-    "Every batch norm folded into the layer before it, or turned into a depthwise 1x1 convolution. Raises `TraceError`."
-    net = _trace(model)
+    """Every batch norm folded into the layer before it, or turned into a depthwise 1x1 convolution. Raises `TraceError`.
+
+    A batch norm behind a linear layer is taken to see [N, C], unless `x` shows that it sees tokens."""
+    net = _trace(model, x)
+    if x is not None: note_shapes(net, x)
+    _layers_from_functions(_fixed(net))
     for node in list(net.graph.nodes):
-        bn = _module(net, node, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-        if bn is None or not bn.track_running_stats: continue
+        bn = _module(net, node, _BatchNorm)
+        if bn is None or bn.running_mean is None: continue
         layer = _module(net, node.args[0], (*_CONV, nn.Linear))
-        if layer is not None and len(node.args[0].users) == 1: _fold(layer, bn); _bypass(node)
-        elif isinstance(bn, nn.BatchNorm2d): net.set_submodule(node.target, _depthwise(bn))
+        tokens = isinstance(layer, nn.Linear) and (len(layer.weight) != bn.num_features or len(node.meta.get("shape") or (1, 1)) != 2)
+        if layer is not None and not tokens and len(node.args[0].users) == 1: _fold(layer, bn); _bypass(node)
+        elif isinstance(bn, nn.BatchNorm2d) or len(node.meta.get("shape") or ()) == 4: net.set_submodule(node.target, _depthwise(bn))
     return _finish(net)
 
 # %% ../../nbs/quant/31_sim.ipynb #c53964ea
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV, _BatchNorm = (nn.Conv1d, nn.Conv2d, nn.Conv3d), nn.modules.batchnorm._BatchNorm # nn.SyncBatchNorm is one, too
 
 def _fold(layer, bn):
-    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-    layer.weight, layer.bias = fuse(layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    "In float64: a large mean is subtracted from a large bias"
+    mean, var = (t.detach().cpu().double() for t in (bn.running_mean, bn.running_var))
+    gain, shift = (torch.full_like(mean, o) if t is None else t.detach().cpu().double() for t, o in ((bn.weight, 1), (bn.bias, 0)))
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().cpu().double()
+    scale = gain / (var + bn.eps).sqrt()
+    w = layer.weight.detach().cpu().double() * scale.view(-1, *[1] * (layer.weight.ndim - 1))
+    learns = layer.weight.requires_grad
+    layer.bias = nn.Parameter(((bias - mean) * scale + shift).to(layer.weight), learns)
+    layer.weight = nn.Parameter(w.to(layer.weight), learns)
 
 def _depthwise(bn):
     conv = nn.Conv2d(bn.num_features, bn.num_features, 1, groups=bn.num_features).to(bn.running_mean.device)
@@ -267,6 +279,93 @@ def _finish(net):
     net.recompile()
     return net
 
+# %% ../../nbs/quant/31_sim.ipynb #b5c01a02
+def _fixed(net):
+    "What is computed from parameters alone becomes a parameter"
+    value = {}
+    for node in list(net.graph.nodes):
+        if node.op == "get_attr": value[node] = _attribute(net, node.target)
+        elif node.op in ("placeholder", "output") or not node.all_input_nodes or not all(n in value for n in node.all_input_nodes): continue
+        else: value[node] = _computed(net, node, value)
+    for node in list(value): _keep_value(net, node, value)
+    return net
+
+def _attribute(net, target):
+    for part in target.split("."): net = getattr(net, part)
+    return net
+
+def _computed(net, node, value):
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value.__getitem__)
+    with torch.no_grad(): return getattr(fx.Interpreter(net), node.op)(node.target, args, kwargs)
+
+def _keep_value(net, node, value):
+    "Where an image's tensor meets a constant, the constant is read from the network"
+    if node.op == "get_attr" or all(u in value for u in node.users): return
+    found, user = value[node], next(u for u in node.users if u not in value)
+    if isinstance(found, Tensor):
+        learns = any(isinstance(value[n], nn.Parameter) and value[n].requires_grad for n in node.all_input_nodes) and found.is_floating_point()
+        value[node] = nn.Parameter(found.detach().clone(), learns)
+        name = add_module(net, f"{node.name}_value", _Value(value[node]))
+        with net.graph.inserting_before(node): new = net.graph.get_attr(f"{name}.value")
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+    elif isinstance(found, (int, float)):
+        for user in list(node.users): user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: found if n is node else n)
+
+class _Value(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+# %% ../../nbs/quant/31_sim.ipynb #b5c01a03
+_AS_LAYER = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d, F.linear: nn.Linear}
+
+def _layers_from_functions(net):
+    "F.conv2d, F.linear and F.batch_norm with weights that no image changes become modules"
+    for node in list(net.graph.nodes):
+        layer = _as_layer(net, node)
+        if layer is None: continue
+        x = node.args[0] if node.args else node.kwargs["input"]
+        with net.graph.inserting_after(node): new = net.graph.call_module(_place_of(net, node, layer), (x,))
+        new.meta = dict(node.meta)
+        _swap(node, new)
+    return _finish(net)
+
+def _as_layer(net, node):
+    if node.op != "call_function": return None
+    if node.target is F.batch_norm: return _norm_of(net, _named(node, "running_mean running_var weight bias training momentum eps"))
+    if node.target not in _AS_LAYER: return None
+    v = _named(node, "weight bias stride padding dilation groups")
+    weight, bias = (_constant(net, v.get(k)) for k in ("weight", "bias"))
+    sizes = {k: o for k, o in v.items() if k not in ("weight", "bias")}
+    if weight is None or v.get("bias") is not None and bias is None or any(isinstance(o, fx.Node) for o in torch.utils._pytree.tree_leaves(sizes)): return None
+    inputs = weight.shape[1] * sizes.get("groups", 1)
+    kernel = () if node.target is F.linear else (tuple(weight.shape[2:]),)
+    layer = nn.utils.skip_init(_AS_LAYER[node.target], inputs, len(weight), *kernel, bias=bias is not None, **sizes)
+    layer.weight = _parameter(weight)
+    if bias is not None: layer.bias = _parameter(bias)
+    return layer.train(False)
+
+def _norm_of(net, v):
+    mean, var, gain, shift = (_constant(net, v.get(k)) for k in ("running_mean", "running_var", "weight", "bias"))
+    if mean is None or var is None or v.get("training", False) is not False: return None
+    norm = nn.SyncBatchNorm(len(mean), v.get("eps", 1e-5), affine=False).to(mean.device)
+    norm.running_mean, norm.running_var = mean.detach().clone(), var.detach().clone()
+    norm.weight, norm.bias = (None if t is None else _parameter(t) for t in (gain, shift))
+    return norm.train(False)
+
+def _named(node, names): return dict(zip(names.split(), node.args[1:])) | node.kwargs
+def _constant(net, node): return _attribute(net, node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+def _parameter(t): return nn.Parameter(t.detach().clone(), t.requires_grad)
+
+def _place_of(net, node, layer):
+    "The name of the module that called the function, if nothing else of it is used; else a name in it"
+    name = list(node.meta.get("nn_module_stack", {"": ("",)}).values())[-1][0]
+    used = {n.target for n in net.graph.nodes if n is not node and n not in node.all_input_nodes and isinstance(n.target, str)}
+    if not name or any(t == name or t.startswith(f"{name}.") for t in used): return add_module(net, f"{name}.{node.name}" if name else node.name, layer)
+    net.set_submodule(name, layer)
+    return name
+
 # %% ../../nbs/quant/31_sim.ipynb #23f3d030
 def _clip(min=None, max=None): return Clip(-math.inf if min is None else min, math.inf if max is None else max)
 def _spellings(keys, make, *names): return {k: (make, names) for k in keys}
@@ -281,7 +380,9 @@ _NORMAL = { # functions, methods and modules -> the module that stands for all o
     **_spellings((F.adaptive_avg_pool2d,), nn.AdaptiveAvgPool2d, "output_size"),
     **_spellings((F.avg_pool2d,), nn.AvgPool2d, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     **_spellings((F.max_pool2d,), nn.MaxPool2d, "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")}
-_NOTHING = (F.dropout, F.dropout2d, nn.Identity, nn.Dropout, nn.Dropout2d, "contiguous", "clone", "detach")
+_NOTHING = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+            nn.AlphaDropout, nn.FeatureAlphaDropout, "contiguous", "clone", torch.clone, "detach", torch.detach)
+_CONVERT = ("to", "float", "cpu", "cuda", "type", "type_as")
 
 # %% ../../nbs/quant/31_sim.ipynb #7787bd7a
 def _what(net, node):
@@ -307,7 +408,7 @@ def _swap(node, new):
 def _normalize(net):
     for node in list(net.graph.nodes):
         what = _what(net, node)
-        if what in _NOTHING or getattr(what, "__name__", "") == "stochastic_depth": _bypass(node)
+        if what in _NOTHING or getattr(what, "__name__", "") == "stochastic_depth" or _converts_nothing(node, what): _bypass(node)
         elif what == "view": node.target = "reshape" # the same, for any memory layout
         elif what in ("mean", torch.mean): _mean(net, node)
         elif what in _NORMAL:
@@ -322,14 +423,28 @@ def _normalize(net):
         if _module(net, node, nn.Hardsigmoid): _into_layer(net, node)
     return _finish(net)
 
+def _converts_nothing(node, what):
+    "Whether a conversion to a type or a device leaves a tensor as it is"
+    before = node.args[0].meta.get("dtype") if node.args and isinstance(node.args[0], fx.Node) else None
+    return what in _CONVERT and before is not None and node.meta.get("dtype") == before
+
 # %% ../../nbs/quant/31_sim.ipynb #09220fb0
 def _mean(net, node):
     "The mean over height and width is a pool"
     v = _arguments(net, node, ("dim", "keepdim"))
     dim = v["dim"] if isinstance(v.get("dim"), (tuple, list)) else ()
-    if sorted(dim) not in ([2, 3], [-2, -1]): return
+    if sorted(dim) not in ([2, 3], [-2, -1]) or _n_dims(net, node.args[0]) != 4: return
     new = _call(net, node, nn.AdaptiveAvgPool2d(1), node.args[0])
     _swap(node, new if v.get("keepdim") else _call(net, new, nn.Flatten(), new))
+
+def _n_dims(net, node):
+    "How many dimensions a tensor has: as noted, or as the layer that wrote it tells"
+    if node.meta.get("shape"): return len(node.meta["shape"])
+    if isinstance(m := _module(net, node), (*_CONV, _BatchNorm)): return next((n for c, n in _DIMS if isinstance(m, c)), 4)
+    before = node.all_input_nodes
+    return _n_dims(net, before[0]) if before else 4
+
+_DIMS = ((nn.Conv1d, 3), (nn.Conv3d, 5), (nn.BatchNorm1d, 3), (nn.BatchNorm3d, 5))
 
 def _product(net, node):
     hard, x = _module(net, node, nn.Hardswish) is not None, node.args[0]
@@ -418,12 +533,12 @@ def _root(node):
     return node
 
 def _inputs(node): return [n for n in node.all_input_nodes if n.meta["shape"] and n.op != "get_attr"]
-def _name(node): return "input" if node.op == "placeholder" else node.target.removeprefix("quantizers.") if node.op == "call_module" else node.name
+def _name(node):
+    if node.op == "placeholder": return "images" if hasattr(node.graph.owning_module, "input") else "input" # a layer may be called input
+    return node.target.removeprefix("quantizers.") if node.op == "call_module" else node.name
 
 def _register(net, node, module):
-    name = f"quantizers.{_name(node)}"
-    net.add_submodule(name, module)
-    return name
+    return add_module(net, f"quantizers.{_name(node)}", module)
 
 def _append(net, node, quantizer):
     with net.graph.inserting_after(node): new = net.graph.call_module(_register(net, node, quantizer), (node,))
@@ -513,7 +628,7 @@ def quantize(
 # %% ../../nbs/quant/31_sim.ipynb #05577f77
 def _structure(model, x, settings):
     "The network with quantizers that have no grids yet"
-    net = fold_bn(model)
+    net = fold_bn(model, x)
     with torch.no_grad():
         note_shapes(net, x) # sizes that the network asks for become constants
         _annotate(_normalize(net), x)
@@ -529,14 +644,20 @@ def _bits(name, settings):
     return found[-1] if found else (settings["w_bits"], settings["a_bits"])
 
 def _same(model, qm, x):
-    "Without grids, the graph must be the network"
-    with torch.no_grad(), evaluating(model): want = model(x)
+    "Without grids, the graph must be the network; where float32 is too coarse to tell, float64 decides"
+    with torch.no_grad(), evaluating(model): want = model(x.clone())
     with torch.no_grad(): got = qm(x)
-    pairs = zip(_tensors(want), _tensors(got))
-    if any(sqnr_db(a, b) < 60 for a, b in pairs if a.abs().max() > 0):
-        raise TraceError("the traced graph computes something else than the network: its forward depends on the input's values, or it changes a tensor in place that is read again. Rewrite that part")
+    db = worst_sqnr_db(want, got)
+    if not db < 60 or _same_in_float64(model, qm, x): return
+    raise TraceError(f"rewritten for integers, the network computes something else ({db:.1f} dB where at least 60 are expected): "
+                     "that is this library's mistake, not the network's. Please report it, with the network")
 
-def _tensors(out): return [out] if isinstance(out, Tensor) else [t for o in (out.values() if isinstance(out, dict) else out) for t in _tensors(o)]
+def _same_in_float64(model, qm, x):
+    try:
+        exact, ours = resolve(model).double().eval(), copy.deepcopy(qm).double()
+        with torch.no_grad(): return worst_sqnr_db(exact(x.double()), ours(x.double())) > 100
+    except RuntimeError: return False # an operator that insists on float32
+
 def _device(model): return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 # %% ../../nbs/quant/31_sim.ipynb #cddde50d
@@ -633,7 +754,7 @@ def _feel(qm, x, random):
     try:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            outputs = [t for t in _tensors(qm(x)) if t.requires_grad]
+            outputs = [t for t in tensors(qm(x)) if t.requires_grad]
             total = sum((torch.randn(t.shape, generator=random).to(t) * t).sum() / t.detach().square().mean().sqrt().clamp(min=1e-12) for t in outputs)
             if outputs: torch.autograd.grad(total, x, allow_unused=True)
     finally:
@@ -641,10 +762,8 @@ def _feel(qm, x, random):
 
 def _logits(qm, x, memory):
     n = max(1, int(memory // _bytes_per_image(qm.net)))
-    with torch.no_grad(): parts = [_tensors(qm(b)) for b in x.split(n)]
+    with torch.no_grad(): parts = [tensors(qm(b)) for b in x.split(n)]
     return [torch.cat(p).float() for p in zip(*parts)]
-
-def _worst_db(want, got): return min((sqnr_db(a, b) for a, b in zip(want, got) if a.abs().max() > 0), default=math.inf)
 
 def _float_logits(qm, x, memory):
     "What the network gives without its integers"
@@ -657,10 +776,10 @@ def _float_logits(qm, x, memory):
 def _keep_better(qm, device, memory):
     "Ranges by what the output feels, or by plain squared error: whichever changes the outputs less"
     x, want = qm.check_batch.to(device), qm.check_float
-    felt = _worst_db(want, _logits(qm, x, memory))
+    felt = worst_sqnr_db(want, _logits(qm, x, memory))
     grids = {n: q.grid for n, q in qm.quantizers().items()}
     _set_ranges(qm, "mse")
-    if _worst_db(want, _logits(qm, x, memory)) <= felt:
+    if worst_sqnr_db(want, _logits(qm, x, memory)) <= felt:
         for n, q in qm.quantizers().items(): q.grid = grids[n]
     del qm.felt
 
@@ -669,7 +788,7 @@ LOST_DB = 10 # below, a network of 6 bits and more has lost what it was trained 
 def _warn_if_lost(qm, device, memory):
     bits = [b for b in (qm.settings["w_bits"], qm.settings["a_bits"]) if b]
     if qm.settings["layer_bits"] or not bits or min(bits) < 6: return
-    db = _worst_db(qm.check_float, _logits(qm, qm.check_batch.to(device), memory))
+    db = worst_sqnr_db(qm.check_float, _logits(qm, qm.check_batch.to(device), memory))
     if db < LOST_DB: warnings.warn(f"the outputs keep only {db:.1f} dB of the float network's on calibration images: sensitivity(qmodel, images) names the layers to skip; normalise inputs far from zero")
 
 # %% ../../nbs/quant/31_sim.ipynb #808c08d9
@@ -734,8 +853,8 @@ def sensitivity(
         with torch.no_grad(): return qm(x.to(_device(qm)))
     exact, rows = output(), []
     for name in tqdm(list(dict.fromkeys([*quantizers, *layers])), desc="layers", disable=not progress):
-        w, a = (sqnr_db(exact, output(name, **{kind: True})) if name in where else None for kind, where in (("weights", layers), ("activations", quantizers)))
-        both = sqnr_db(exact, output(name, weights=True, activations=True)) if name in layers and name in quantizers else a if w is None else w
+        w, a = (worst_sqnr_db(exact, output(name, **{kind: True})) if name in where else None for kind, where in (("weights", layers), ("activations", quantizers)))
+        both = worst_sqnr_db(exact, output(name, weights=True, activations=True)) if name in layers and name in quantizers else a if w is None else w
         rows.append(LayerSqnr(name, both, w, a))
     return rows
 
