@@ -685,7 +685,7 @@ def _rows(table):
     try: rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True)]
     except csv.Error as e: raise DataError(f"{table} is no table ({e}): write lines such as cat.png,3") from e
     if short := [row for row in rows if len(row) < 2]: raise DataError(f"{table}: {mark.join(short[0])!r} has no label: write lines such as cat.png,3")
-    named = rows and Path(rows[0][0]).suffix.lower() not in _SUFFIXES and not (table.parent/rows[0][0]).is_file()
+    named = rows and rows[0][0] and Path(rows[0][0]).suffix.lower() not in _SUFFIXES and not (table.parent/rows[0][0]).is_file()
     return [row[:2] for row in rows[bool(named):]]
 
 def _classes(names, table):
