@@ -110,6 +110,7 @@ def headline(report:Report, # A run's report
     done = {k: r for k, r in report.nets.items() if {"accuracy", "ms"} <= set(r)}
     if len(done) < 2: return ""
     (first, a), (last, b) = list(done.items())[0], list(done.items())[-1]
+    if not {"change", "smaller", "speedup"} <= set(b): return ""
     times = lambda ratio, more, less: f"{ratio:.1f} times {more}" if ratio >= 1 else f"{1/ratio:.1f} times {less}"
     return (f"{last} reaches {100*b['accuracy']:.1f} % accuracy beside {100*a['accuracy']:.1f} % in {first} ({_points(b)}). "
             f"Its file is {times(b['smaller'], 'smaller', 'larger')}, and it runs {times(b['speedup'], 'faster', 'slower')}: "
@@ -135,7 +136,7 @@ def figure_pareto(report:Report, # A run's report
 ) -> Axes: # None if nothing was measured
     "Accuracy against measured latency, one point per network."
     points = [dict(name=_literal(n), method=_method(n), ms=r["ms"], accuracy=100*r["accuracy"], yerr=100*r["accuracy_se"], lo=r["ms_p10"], hi=r["ms_p90"])
-              for n, r in report.nets.items() if "ms" in r]
+              for n, r in report.nets.items() if {"ms", "accuracy"} <= set(r)]
     if not points: return None
     ax = _axes()
     for p in points: ax.hlines(p["accuracy"], p["lo"], p["hi"], color=color(p["method"]), lw=1)
