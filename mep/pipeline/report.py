@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ..plot import COLORS, INK, PAPER, RC, SOFT, color, pareto, style, svg
-from ..store import claim, write_atomic
+from ..store import claim, content_hash, write_atomic
 
 # %% ../../nbs/pipeline/91_report.ipynb #b32f5b40
 def accuracy_se(p:float, # Accuracy in [0, 1]
@@ -267,7 +267,8 @@ def write(report:Report, # What to write
 ) -> Path: # The page
     "Write the page and its numbers, each in one piece. Raises `mep.store.StoreError` where something else has these names."
     folder = claim(folder, "results.json", "report.html")
-    write_atomic(folder / "results.json", (json.dumps(asdict(report) | {"folder": None}, indent=1) + "\n").encode())
+    facts = json.loads(json.dumps(asdict(report) | {"folder": None}))
+    write_atomic(folder / "results.json", (json.dumps(facts | {"hash": content_hash(facts)}, indent=1) + "\n").encode())
     write_atomic(folder / "report.html", html(report).encode())
     return folder / "report.html"
 
@@ -278,10 +279,17 @@ def read(folder:str, # A run's folder
     path = Path(folder) / "results.json"
     if not path.is_file(): raise FileNotFoundError(f"{path}: no finished run here; `mep run --out {folder}` makes one")
     try:
-        report = Report(**json.loads(path.read_text(encoding="utf-8")) | {"folder": str(folder)})
+        report = Report(**_unaltered(json.loads(path.read_text(encoding="utf-8"))) | {"folder": str(folder)})
         _check_report(report)
     except (ValueError, TypeError) as e: raise ValueError(f"{path} isn't a report of mep ({e}); delete it and run again") from e
     return report
+
+def _unaltered(facts):
+    "What a file says, without the hash of it"
+    if not isinstance(facts, dict): raise ValueError(f"it holds a {type(facts).__name__}")
+    said = facts.pop("hash", None)
+    if said is not None and said != content_hash(facts): raise ValueError("it was altered: its numbers don't have the hash written in it")
+    return facts
 
 # %% ../../nbs/pipeline/91_report.ipynb #15d93a7a
 def _check_report(report):
