@@ -35,7 +35,8 @@ from mep.pipeline.core import Config, build_network, run
 from mep.pipeline.report import read
 from mep.pipeline.search import explore
 from mep.quant.sim import load_quantized
-from mep.store import Store, content_hash, load as load_artifact
+from mep.store import Store, content_hash
+from mep.store import load as load_artifact
 from mep.train import fit, small_resnet
 
 HERE = Path(__file__).parent
@@ -270,17 +271,20 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     jobs = a.jobs.split(",")
-    result = dict(what="jobs killed at random moments, files spoilt, options fuzzed", seed=0, mep=__version__)
-    result["kills"] = []
+    result = dict(what="jobs killed at random moments, files spoilt, options fuzzed", seed=0, mep=__version__, load_before=os.getloadavg(), kills=[])
     for name in jobs:
         result["kills"].append(killed(name, a.kills // len(jobs)))
-        print(result["kills"][-1], flush=True)
+        _keep(result)
     result["fuzz"] = fuzzed()
-    print(result["fuzz"], flush=True)
+    _keep(result)
     result["damages"] = damaged(a.damages)
-    print(result["damages"], flush=True)
-    result["machine"] = machine()
+    _keep(result | dict(machine=machine()))
+
+
+def _keep(result):
+    "Write what is known so far"
     (HERE / "results" / "faults.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result)[-600:], flush=True)
 
 
 if __name__ == "__main__":

@@ -393,12 +393,16 @@ def claim(folder:str|os.PathLike,   # Made if it isn't there
 # %% ../nbs/04_store.ipynb #2a7b9cd1
 def discard(folder:str|os.PathLike  # Need not be there
            ) -> bool:               # Whether the folder is gone
-    "Remove a folder's artifacts, locks and claimed files, and the folder itself if that was all. What mep did not write stays"
+    "Remove a folder's artifacts, locks and claimed files, and the folder itself if that was all. What mep did not write stays, and so does a folder that mep did not claim or lock"
     folder = Path(folder)
-    if not folder.is_dir() or folder.is_symlink(): return False
+    if not folder.is_dir() or folder.is_symlink() or not _is_ours(folder): return False
+    return _emptied(folder)
+
+def _emptied(folder):
+    "Whether nothing is left of a folder but what was ours"
     mine = _claimed(folder) | {_NOTE, ".lock"}
     for path in folder.iterdir():
-        if path.is_dir(): discard(path)
+        if path.is_dir() and not path.is_symlink(): _emptied(path)
         elif path.name in mine or path.name.endswith(_TEMP) or path.suffix == _END and _is_ours(path): path.unlink()
     if any(folder.iterdir()): return False
     folder.rmdir()

@@ -315,3 +315,18 @@ def test_threads_beyond_any_machine(capsys):
 
 def test_a_lock_is_not_somebodys_file(tmp_path):
     with core.Store(tmp_path / "store").lock(), pytest.raises(LockedError): run(replace(TINY, out=str(tmp_path)), progress=False)
+
+
+def test_a_store_in_a_folder_that_nobody_claimed_is_not_discarded(tmp_path):
+    save(tmp_path / "maps" / "mine.safetensors", dict(x=torch.zeros(1)))
+    assert not discard(tmp_path / "maps") and (tmp_path / "maps" / "mine.safetensors").exists()
+
+
+def test_maps_that_a_killed_run_left_are_collected(small, tmp_path):
+    data, space, teacher = small
+    library = BlockLibrary(tmp_path, space, teacher).train(data, progress=False)
+    claim(tmp_path / "maps" / "learn", "edge0.npy")
+    claim(tmp_path / "maps")
+    (tmp_path / "maps" / "learn" / "edge0.npy").write_bytes(b"half")
+    library.train(data, progress=False)
+    assert not (tmp_path / "maps").exists()

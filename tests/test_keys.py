@@ -77,7 +77,7 @@ def test_what_the_user_imported_stays_imported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("edit", ["helpers.py", "net.py", "deep/inner.py", "numbers.json"])
 def test_an_edited_helper_is_another_network(edit, tmp_path):
-    a = write_net(tmp_path / "a", "ReLU", "\nimport deep.inner")
+    write_net(tmp_path / "a", "ReLU", "\nimport deep.inner")
     (tmp_path / "a" / "deep").mkdir()
     inner = "import json, pathlib\nsize = json.loads((pathlib.Path(__file__).parent.parent/'numbers.json').read_text())\n"
     (tmp_path / "a" / "deep" / "inner.py").write_text(inner)

@@ -279,6 +279,7 @@ def _train_missing(library, images, recipe, n_jobs, cache_bytes, device, progres
     todo, store = library.missing(), library.store
     if "library" in store: _check_recipe(store, recipe)
     else: store.put("library", meta=dict(identity=library.identity, recipe=recipe))
+    discard(store.root / "maps") # of a run that was killed when all blocks were there
     if not todo: return
     with tqdm(total=len(todo), desc="blocks", disable=not progress) as bar:
         for places in _groups(library.space, sorted({i for i, _ in todo}), sum(recipe["images"]), cache_bytes):

@@ -211,7 +211,7 @@ To save weights of torchvision: python -c "import torch, torchvision; torch.save
 def _run_options(p):
     from mep.pipeline.options import Config
     add_options(p, Config)
-    p.add_argument("--config", metavar="FILE", help="read options from a JSON file; options given here win")
+    p.add_argument("--config", metavar="FILE", help="read options from a JSON file; options given here win. Its model may name a file that is then run")
     p.add_argument("--redo", metavar="STAGE", help="compute this stage and those after it again")
     _dask_option(p)
     _common_options(p)

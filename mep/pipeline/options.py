@@ -26,7 +26,7 @@ class Config:
     resize: int = _opt(None, "shorter side of imagenette's and a folder's images before the centre is cut out")
     mean: tuple = _opt(None, "mean per channel of pixels in [0, 1] that the weights were trained with, as 0.5,0.5,0.5")
     std: tuple = _opt(None, "standard deviation per channel, likewise")
-    model: str = _opt("small_resnet", "small_resnet, small_mobilenet, torchvision:NAME or FILE.py:FUNCTION")
+    model: str = _opt("small_resnet", "small_resnet, small_mobilenet, torchvision:NAME or FILE.py:FUNCTION, a file that is run")
     weights: str = _opt(None, "weights of the network, .safetensors or a torch state dict; without it the network is trained")
     class_index: tuple = _opt(None, "which output of the network each class of the data is, as 0,217,482 (default: found by name)")
     epochs: int = _opt(None, "epochs of training (default: 10, or none when weights are given)")

@@ -39,8 +39,10 @@ def _client(address, wait):
 def _check_folder(client, folder):
     "ValueError for a worker to which the folder is not the one that is meant"
     folder.mkdir(parents=True, exist_ok=True)
-    blind = [worker for worker, sees in client.run(folder.is_dir).items() if not sees]
+    blind = [worker for worker, sees in client.run(_sees, str(folder)).items() if not sees]
     if blind: raise ValueError(f"the worker {blind[0]} doesn't see the folder {folder}: it must be on a drive that all machines share")
+
+def _sees(folder): return Path(folder).is_dir()
 
 def _warm(client):
     "Import what jobs need, once on each worker, all at the same time"
