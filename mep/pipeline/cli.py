@@ -39,13 +39,6 @@ def _whole(least, most):
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from {least} to {most:,}")
     return number
 
-def _share(text):
-    "A share of the MACs."
-    try: v = float(text)
-    except ValueError: v = math.nan
-    if .05 <= v < 1: return v
-    raise argparse.ArgumentTypeError(f"{text!r}: give a share, at least 0.05 and below 1")
-
 _TYPES = {str: str, int: int, float: float, tuple: _numbers}
 
 # %% ../../nbs/pipeline/92_cli.ipynb #59f93f66
@@ -99,7 +92,7 @@ def _compress(a):
     "Compress a trained network into one ONNX file in float, and measure it beside the original. Goes on where it was interrupted."
     from mep.pipeline.convert import check_apart, open_network, shrink
     config = _config(a)
-    if not config.data: raise ValueError("which images is the network to be compressed with? Give --data")
+    if not config.data: raise ValueError("which images does the network take? Give --data: a network is compressed so that it says the same of them")
     check_apart({"--output": a.output, "--weights-out": a.weights_out}, {"--weights": config.weights, "--model": _code(config.model)})
     net, data = open_network(config)
     options = {k: getattr(config, k) for k in _SHRINK}
@@ -232,12 +225,12 @@ def _file_options(p, *names):
     _common_options(p)
 
 def _quantize_options(p):
-    p.add_argument("--bits", type=_whole(2, 8), default=8, metavar="N", help="bits of the weights, 2 to 8 (default: 8)")
+    p.add_argument("--bits", type=int, default=8, metavar="N", help="bits of the weights, 2 to 8 (default: 8)")
     p.add_argument("--input", type=_shape, metavar="C,H,W", help="shape of one image; needed without --data")
     _file_options(p, *_OPEN, *(n for n in _CONVERT if n != "w_bits"))
 
 def _compress_options(p):
-    p.add_argument("--macs", type=_share, default=.5, metavar="SHARE", help="share of the MACs to keep (default: 0.5)")
+    p.add_argument("--macs", type=float, default=.5, metavar="SHARE", help="share of the MACs to keep (default: 0.5)")
     p.add_argument("--finetune", type=_whole(0, 100_000), default=0, metavar="EPOCHS", help="epochs of training afterwards, with the original as the teacher (default: 0)")
     p.add_argument("--weights-out", metavar="FILE", help="keep the weights, too: .safetensors, for `mep quantize --weights`")
     _dask_option(p)
