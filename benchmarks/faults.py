@@ -1,6 +1,6 @@
 """What survives: processes killed at random moments, files flipped, cut and emptied, options of every kind; writes results/faults.json.
 
-    python benchmarks/faults.py --kills 100 --damages 200
+    python benchmarks/faults.py
 
 Jobs are forked from one process, so that none waits for PyTorch to load. Needs a system with `fork`; some ten minutes on one idle core.
 """
@@ -266,21 +266,20 @@ def fuzzed(most=None, seed=0):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, default=100, help="over all jobs")
+    p.add_argument("--kills", default="search=8,adaround=8,compress=8,library=38,run=38", help="how often each job is killed")
     p.add_argument("--damages", type=int, default=200)
     p.add_argument("--options", type=int, help="at most so many values (default: all)")
-    p.add_argument("--jobs", default=",".join(JOBS))
     a = p.parse_args()
     torch.set_num_threads(1)
-    jobs = a.jobs.split(",")
+    kills = {name: int(n) for name, n in (word.split("=") for word in a.kills.split(","))}
     result = dict(what="jobs killed at random moments, files spoilt, options fuzzed", seed=0, mep=__version__, load_before=os.getloadavg(), kills=[])
     result["machine"] = machine()
     result["fuzz"] = fuzzed(a.options)
     _keep(result)
     result["damages"] = damaged(a.damages)
     _keep(result)
-    for name in jobs:
-        result["kills"].append(killed(name, a.kills // len(jobs)))
+    for name, n in kills.items():
+        result["kills"].append(killed(name, n))
         _keep(result)
 
 
