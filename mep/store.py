@@ -369,7 +369,7 @@ def _claimed(folder):
 
 def _is_ours(path):
     "Whether a folder or a file says by itself that mep wrote it"
-    if path.is_dir(): return any((path/name).is_file() for name in (_NOTE, ".lock")) or not any(path.iterdir())
+    if path.is_dir(): return any((path/name).is_file() for name in (_NOTE, ".lock")) or all(p.name.endswith(_TEMP) for p in path.iterdir())
     try:
         if not path.is_file(): return False    # a pipe would wait for ever
         with open(path, "rb") as f: return f.read(_SLOT.start)[8:] == _START
@@ -400,10 +400,12 @@ def discard(folder:str|os.PathLike  # Need not be there
 
 def _emptied(folder):
     "Whether nothing is left of a folder but what was ours"
-    mine = _claimed(folder) | {_NOTE, ".lock"}
+    mine, last = _claimed(folder), (".lock", _NOTE)    # as long as anything of ours is there, the note says so
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink(): _emptied(path)
+        elif path.name in last: continue
         elif path.name in mine or path.name.endswith(_TEMP) or path.suffix == _END and _is_ours(path): path.unlink()
+    for name in last: (folder/name).unlink(missing_ok=True)
     if any(folder.iterdir()): return False
     folder.rmdir()
     return True

@@ -330,3 +330,23 @@ def test_maps_that_a_killed_run_left_are_collected(small, tmp_path):
     (tmp_path / "maps" / "learn" / "edge0.npy").write_bytes(b"half")
     library.train(data, progress=False)
     assert not (tmp_path / "maps").exists()
+
+
+def test_killed_while_discarding_the_rest_is_still_ours(tmp_path, monkeypatch):
+    folder = claim(tmp_path / "f", "a.npy")
+    claim(folder / "deep", "b.npy")
+    for path in (folder / "a.npy", folder / "deep" / "b.npy"): path.write_bytes(b"ours")
+    unlink, calls = Path.unlink, []
+
+    def dies(path, *args, **kw):
+        calls.append(path)
+        if len(calls) == at: raise KeyboardInterrupt
+        return unlink(path, *args, **kw)
+
+    for at in (1, 2, 3):  # each time it gets a little further
+        monkeypatch.setattr(Path, "unlink", dies)
+        with pytest.raises(KeyboardInterrupt): discard(folder)
+        monkeypatch.undo()
+        calls.clear()
+        claim(folder)  # no complaint
+    assert discard(folder) and not folder.exists()
