@@ -336,14 +336,15 @@ def test_killed_while_discarding_the_rest_is_still_ours(tmp_path, monkeypatch):
     folder = claim(tmp_path / "f", "a.npy")
     claim(folder / "deep", "b.npy")
     for path in (folder / "a.npy", folder / "deep" / "b.npy"): path.write_bytes(b"ours")
-    unlink, calls = Path.unlink, []
+    unlink, calls, stop = Path.unlink, [], dict(at=0)
 
     def dies(path, *args, **kw):
         calls.append(path)
-        if len(calls) == at: raise KeyboardInterrupt
+        if len(calls) == stop["at"]: raise KeyboardInterrupt
         return unlink(path, *args, **kw)
 
-    for at in (1, 2, 3):  # each time it gets a little further
+    for n in (1, 2, 3):  # each time it gets a little further
+        stop["at"] = n
         monkeypatch.setattr(Path, "unlink", dies)
         with pytest.raises(KeyboardInterrupt): discard(folder)
         monkeypatch.undo()
