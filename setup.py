@@ -24,6 +24,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split("\n"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    package_data={cfg["lib_path"]: ["py.typed"]},
     include_package_data=True,
     zip_safe=False,
 )

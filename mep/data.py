@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['SHAPES', 'TEXTURES', 'CLASSES', 'KNOBS', 'MOTIONS', 'NAMES', 'Random', 'Shapes', 'shapes', 'Detection',
            'Segmentation', 'shapes_detection', 'shapes_segmentation', 'Video', 'shapes_video', 'crop_flip', 'Images',
-           'Order', 'Data', 'from_arrays', 'DataError', 'Files', 'load', 'calibration']
+           'Order', 'Data', 'from_arrays', 'DataError', 'Files', 'check_name', 'load', 'calibration', 'fingerprint']
 
 # %% ../nbs/00_data.ipynb #702b3a92
+import csv
 import hashlib
 import inspect
 import math
 import operator
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import joblib
@@ -27,6 +29,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .store import content_hash
 
 # %% ../nbs/00_data.ipynb #f0a9f2af
 _GOLDEN = 0x9E3779B97F4A7C15    # 2**64 / golden ratio: SplitMix64's step from one counter to the next
@@ -43,8 +47,6 @@ def _keys(*parts):
     key = np.zeros(1, np.uint64)
     for part in parts: key = _mix((key ^ np.asarray(part, np.uint64)) + _GOLDEN)
     return key
-
-_keys(0, np.arange(3))    # seed 0, pictures 0 to 2
 
 # %% ../nbs/00_data.ipynb #ac02fd09
 class Random:
@@ -446,6 +448,14 @@ def _check_pixels(x, name):
     if len(x.shape) < 4 or not len(x): raise ValueError(f"{name} must be [N, C, H, W] with at least one picture, got {list(x.shape)}")
     return x
 
+def _check_scale(values, name, channels, positive=False):
+    "A finite number for each channel, as a list"
+    found = np.asarray(values)
+    wanted = f"one {'number above 0' if positive else 'finite number'} for each of {channels} channels"
+    if found.dtype.kind not in "iuf" or found.shape != (channels,) or not np.isfinite(found).all() or positive and (found <= 0).any():
+        raise ValueError(f"{name}={values!r}: give {wanted}")
+    return found.tolist()
+
 def _check_labels(y, n, classes, name):
     y = torch.as_tensor(np.asarray(y))
     if y.is_floating_point() or y.shape != (n,): raise ValueError(f"{name} must hold one integer for each of {n} pictures, got {y.dtype} {list(y.shape)}")
@@ -478,14 +488,20 @@ def from_arrays(
     y, y_test = _check_labels(y, len(x), classes, "y"), _check_labels(y_test, len(x_test), classes, "y_test")
     batch_size, seed = _integer(batch_size, "batch_size", 1), _integer(seed, "seed", 0)
     split = _split(len(x), len(x_test), n_train, n_valid, n_test, seed)
-    if mean is None or std is None: measured = _moments(x[split["train"]]); mean, std = mean or measured[0], std or measured[1]
+    if mean is None or std is None: measured = _moments(x[split["train"]])
+    mean = measured[0] if mean is None else _check_scale(mean, "mean", x.shape[-3])
+    std = measured[1] if std is None else _check_scale(std, "std", x.shape[-3], positive=True)
     loaders, hard = {}, {}
     for part, index in split.items():
         px, lb, d = (x_test, y_test, difficulty[1]) if part == "test" else (x, y, difficulty[0])
         images = Images(_take(px, index), lb[index], mean, std, augment if part == "train" else None)
-        loaders[part] = DataLoader(images, sampler=Order(len(images), batch_size, part == "train", seed), batch_size=None) if len(images) else None
+        loaders[part] = _loader(images, Order(len(images), batch_size, part == "train", seed)) if len(images) else None
         hard[part] = d if d is None else d[index]
-    return Data(name, **loaders, classes=classes, input_shape=tuple(x.shape[1:]), mean=list(mean), std=list(std), difficulty=hard, resize=resize)
+    return Data(name, **loaders, classes=classes, input_shape=tuple(x.shape[1:]), mean=mean, std=std, difficulty=hard, resize=resize)
+
+def _loader(images, order):
+    "Batches in an order; numbers that a DataLoader draws for itself come from a generator of its own, not from torch's."
+    return DataLoader(images, sampler=order, batch_size=None, generator=torch.Generator())
 
 # %% ../nbs/00_data.ipynb #de6c4957
 class DataError(RuntimeError):
@@ -508,14 +524,31 @@ def _ensure(name, root, files, download):
         raise DataError(f"{name}: damaged in {root}: {', '.join(bad)} (the MD5 is not the original's). Delete and call again while online, or copy afresh")
 
 # %% ../nbs/00_data.ipynb #89ed4d4c
+def _eight_bits(image):
+    "A picture of any kind as 8-bit RGB: upright, and on white where it is transparent. ValueError where its range isn't known."
+    from PIL import Image, ImageOps
+    kind, mode = image.format, image.mode
+    image = ImageOps.exif_transpose(image)
+    if mode.startswith("I;16") or mode == "I" and kind in ("PNG", "PPM"):    # 65,535 is white
+        levels = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((levels*255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {mode!r}, 32 bits, don't say what is white: save it with 8 or 16 bits")
+    if not image.has_transparency_data: return image.convert("RGB")
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
+
 def _decode(path, size, resize):
     "A picture file as uint8 `[3, size, size]`: shorter side brought to `resize`, centre cut out."
     from PIL import Image
     from torchvision.transforms import functional as T
     try:
-        with Image.open(path) as image: return T.pil_to_tensor(T.center_crop(T.resize(image.convert("RGB"), resize), size))
-    except (OSError, SyntaxError, ValueError) as e: raise DataError(f"cannot decode {path} ({e}): replace or delete the file") from e
+        with Image.open(path) as image: rgb = _eight_bits(image)
+    except Exception as e:    # what a decoder raises for a strange file is the decoder's affair
+        raise DataError(f"cannot decode {path} ({e}): replace or delete the file") from e
+    return T.pil_to_tensor(T.center_crop(T.resize(rgb, resize), size))
 
+# %% ../nbs/00_data.ipynb #945da335
 class Files:
     "Picture files that look like a uint8 tensor `[N, 3, size, size]`."
     dtype = torch.uint8
@@ -593,15 +626,97 @@ def _cifar10(root, size, seed, counts, download):
     return _Source(x, train.targets, x_test, test.targets, train.classes, [.4914, .4822, .4465], [.2470, .2435, .2616], partial(crop_flip, pad=x.shape[-1]//8))
 
 # %% ../nbs/00_data.ipynb #97309f0c
+_SUFFIXES = torchvision.datasets.folder.IMG_EXTENSIONS
+
+def _pictures(folder, entered):
+    "Picture files below a folder, in order. Links are followed, but not into a folder that was entered before."
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            real = path.resolve()
+            if real not in entered: found += _pictures(path, entered | {real})
+        elif path.suffix.lower() in _SUFFIXES: found.append(path)
+    return found
+
+def _by_folder(root):
+    "Paths, labels and class names of a folder with one sub-folder per class."
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names: raise FileNotFoundError(f"folder: {root} should have one sub-folder with pictures per class, or a labels.csv")
+    real, paths, labels = root.resolve(), [], []
+    for label, name in enumerate(names):
+        found = _pictures(root/name, {real, *real.parents, (root/name).resolve()})
+        if not found: raise FileNotFoundError(f"folder: {root/name} has no pictures ({', '.join(_SUFFIXES)})")
+        paths += found
+        labels += [label] * len(found)
+    return *_once(paths, labels), names
+
+# %% ../nbs/00_data.ipynb #3c1d9a52
+def _file_id(path):
+    "What a file is, whatever it is called. DataError for what is no file, such as a pipe or a link to nothing."
+    try: found = path.stat()
+    except OSError as e: raise DataError(f"{path} can't be read ({e.strerror}): put the file there or take its name away") from e
+    if not stat.S_ISREG(found.st_mode): raise DataError(f"{path} is no file with a picture: take it away")
+    return found.st_dev, found.st_ino
+
+def _once(paths, labels):
+    "Each file once. DataError for a file with two labels."
+    first, kept = {}, []
+    for path, label in zip(paths, labels):
+        before = first.setdefault(_file_id(path), (path, label))
+        if before[1] != label: raise DataError(f"{path} and {before[0]} are the same file, with two labels: take one away")
+        if before[0] is path: kept.append((path, label))
+    return [p for p, _ in kept], [y for _, y in kept]
+
+def _check_apart(paths, test_paths):
+    "DataError for a file that is trained and tested on."
+    seen = {_file_id(p): p for p in paths}
+    for path in test_paths:
+        if _file_id(path) in seen: raise DataError(f"{path} is tested on, and is the file {seen[_file_id(path)]} that is trained on: take one away")
+
+# %% ../nbs/00_data.ipynb #7a90c3d1
+_MOST_CLASSES = 100_000
+
+def _rows(table):
+    "The lines of a labels.csv as (file, label), a first line with names of columns left out."
+    try: text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e: raise DataError(f"{table} isn't UTF-8 (byte {e.start}): save it as UTF-8") from e
+    lines = [line for line in text.splitlines() if line.strip()]
+    mark = max(",;\t", key=lines[0].count) if lines else ","
+    try: rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True)]
+    except csv.Error as e: raise DataError(f"{table} is no table ({e}): write lines such as cat.png,3") from e
+    if short := [row for row in rows if len(row) < 2]: raise DataError(f"{table}: {mark.join(short[0])!r} has no label: write lines such as cat.png,3")
+    named = rows and rows[0][0] and Path(rows[0][0]).suffix.lower() not in _SUFFIXES and not (table.parent/rows[0][0]).is_file()
+    return [row[:2] for row in rows[bool(named):]]
+
+def _classes(names, table):
+    "Labels as integers, and the names of the classes: numbers count from 0, anything else is a name."
+    numbers = [name.isascii() and name.isdecimal() for name in names]
+    if not any(numbers):
+        classes = sorted(set(names))
+        at = {name: i for i, name in enumerate(classes)}
+        return [at[name] for name in names], classes
+    if not all(numbers): raise DataError(f"{table}: the label {names[numbers.index(False)]!r} is no number from 0, others are: use numbers or names")
+    labels = [int(name) if len(name) < 10 else _MOST_CLASSES for name in names]
+    if max(labels) >= _MOST_CLASSES: raise DataError(f"{table}: the label {names[labels.index(max(labels))]} is too large: number the classes from 0 (at most {_MOST_CLASSES:,}), or write names")
+    return labels, [str(c) for c in range(max(labels)+1)]
+
+def _inside(folder, name):
+    "A file of the folder. DataError for a path that leads out of it."
+    way = PureWindowsPath(name)    # knows both kinds of slash, and drives
+    if way.drive or way.root or ".." in way.parts: raise DataError(f"{folder/'labels.csv'}: {name!r} leads out of the folder: name files below it")
+    return folder/name
+
+def _by_table(table):
+    "Paths, labels and class names of pictures that a labels.csv lists."
+    rows = _rows(table)
+    if not rows: raise DataError(f"{table} lists no pictures: write lines such as cat.png,3")
+    labels, classes = _classes([label for _, label in rows], table)
+    return *_once([_inside(table.parent, name) for name, _ in rows], labels), classes
+
 def _listing(folder):
     "Paths, labels and class names of a folder of classes, or of pictures with a labels.csv."
-    if (table := folder/"labels.csv").is_file():
-        rows = [line.split(",") for line in table.read_text().splitlines()[1:] if line]
-        labels = [int(row[1]) for row in rows]
-        return [folder/row[0] for row in rows], labels, [str(c) for c in range(max(labels)+1)]
-    try: found = torchvision.datasets.ImageFolder(folder)
-    except FileNotFoundError as e: raise FileNotFoundError(f"folder: {folder} should have one sub-folder with pictures per class: {e}") from e
-    return [Path(path) for path, _ in found.samples], found.targets, found.classes
+    table = folder/"labels.csv"
+    return _by_table(table) if table.is_file() else _by_folder(folder)
 
 def _cut(paths, labels, n_test):
     "(paths, labels) to train on, and to test on: `n_test` of them, default a tenth."
@@ -617,8 +732,11 @@ def _folder(root, size, seed, counts, download, resize=None):
     if not root.is_dir(): raise FileNotFoundError(f"folder: {root} is no folder")
     if (root/"train").is_dir():
         held_out = next((root/part for part in ("test", "val", "valid") if (root/part).is_dir()), root/"test")
-        (paths, y, classes), (test_paths, y_test, other) = _listing(root/"train"), _listing(held_out)
+        if not held_out.is_dir(): raise FileNotFoundError(f"folder: {root} has train/, but no test/ or val/ beside it")
+        paths, y, classes = _listing(root/"train")
+        test_paths, y_test, other = _listing(held_out)
         if classes != other: raise ValueError(f"folder: classes that only one of train/ and {held_out.name}/ has: {', '.join(sorted(set(classes) ^ set(other)))}")
+        _check_apart(paths, test_paths)
     else:
         paths, y, classes = _listing(root)
         (paths, y), (test_paths, y_test) = _cut(paths, y, counts[1])
@@ -652,6 +770,15 @@ def _source(name, root, options):
     if unknown := set(options) - set(known): raise TypeError(f"{kind} has no option {', '.join(sorted(unknown))}: it takes {', '.join(known) or 'none'}")
     return _SOURCES[kind], _root(path or root), _COUNTS.get(kind, (None,)*3)
 
+def check_name(
+    name:str, # One of `NAMES`, or "folder:PATH"
+    root:str=None, # As in `load`
+    **options, # As in `load`
+):
+    "Raise what `load` would raise for a name, an option or a folder that isn't there, without reading any data."
+    source, where = _source(name, root, options)[:2]
+    if source is _folder and not where.is_dir(): raise FileNotFoundError(f"folder: {where} is no folder")
+
 # %% ../nbs/00_data.ipynb #08952bf1
 def load(
     name:str="shapes", # One of `NAMES`, or "folder:PATH"
@@ -675,7 +802,7 @@ def load(
     size = size if size is None else _integer(size, "size", 8)
     raw = source(root, size, _integer(seed, "seed", 0), counts, download, **options)
     return from_arrays(*raw[:5], *counts, batch_size, seed, raw.augment if augment is None else augment or None,
-                       mean or raw.mean, std or raw.std, raw.difficulty, raw.resize, name)
+                       raw.mean if mean is None else mean, raw.std if std is None else std, raw.difficulty, raw.resize, name)
 
 # %% ../nbs/00_data.ipynb #fc275b64
 def calibration(
@@ -687,3 +814,22 @@ def calibration(
     n, images = _integer(n, "n", 1), data.train.dataset
     if n > len(images): raise ValueError(f"n={n} calibration pictures, but {data.name} has only {len(images)} to train on")
     return images[_shuffled(len(images), _integer(seed, "seed", 0), 5)[:n]][0]
+
+# %% ../nbs/00_data.ipynb #e07c4b28
+def _content(images):
+    "All that a data set hands out: pixels or files, labels, scaling"
+    pixels = getattr(images, "pixels", None)
+    scale = [getattr(images, name, None) for name in ("mean", "std")]
+    if isinstance(pixels, Files):
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pixels.paths]
+        return [files, pixels.size, pixels.resize, images.labels, scale]
+    if pixels is not None: return [pixels, images.labels, scale]
+    return [list(images[at]) for at in torch.arange(len(images)).split(1000)]
+
+def fingerprint(
+    data:Data, # What `load` gave
+) -> str: # 16 hex digits
+    "A hash of every picture and label of a data set, in order: other content, another fingerprint."
+    parts = {k: getattr(data, k) for k in ("train", "valid", "test")}
+    content = {k: loader and content_hash(_content(loader.dataset)) for k, loader in parts.items()}
+    return content_hash([content, list(map(str, data.classes))])[:16]

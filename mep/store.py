@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StoreError', 'DamagedError', 'LockedError', 'MissingError', 'write_atomic', 'clean', 'content_hash', 'save',
-           'Artifact', 'load', 'Store']
+           'Artifact', 'load', 'Store', 'claim', 'discard', 'draft', 'check_writable']
 
 # %% ../nbs/04_store.ipynb #b93f0edf
 import errno
@@ -212,8 +212,12 @@ def save(path:str|os.PathLike,  # One file; by custom `NAME.safetensors`
          meta=None              # Facts, anything JSON can hold
         ) -> str:               # The file's hash
     "Write tensors and facts as one safetensors file, atomically. `TypeError` names what can't be stored, `StoreError` the file that can't be written"
+    return _save(path, tensors, meta)
+
+def _save(path, tensors, meta, key=None):
+    "`save`, with the key under which the file is to be found"
     tensors = _separate(tensors or {})
-    facts = json.dumps(dict(format=_FORMAT, order=list(tensors), meta=_plain({} if meta is None else meta, "meta")))
+    facts = json.dumps(dict(format=_FORMAT, order=list(tensors), key=key, meta=_plain({} if meta is None else meta, "meta")))
     data = memoryview(safetensors.torch.save(tensors, {"mep": f"sha256:{'0' * 64} {facts}"}))
     if int.from_bytes(data[:8], "little") > _MOST: raise ValueError(f"meta is {len(facts):,} characters, above the format's limit of {_MOST:,}; put long lists into tensors.")
     digest = _file_hash(data)
@@ -230,12 +234,18 @@ class Artifact(NamedTuple):
 def load(path:str|os.PathLike   # A file that `save` wrote
         ) -> Artifact:
     "Read a file, check every byte of it, and only then look inside. `DamagedError` names a file that was cut or altered"
+    return _load(path)
+
+def _load(path, **expected):
+    "`load`, and the file must say what is expected of it"
     data = Path(path).read_bytes()
     if data[8:_SLOT.start] != _START: raise DamagedError(f"{path} is no artifact: its {len(data):,} bytes don't begin like one. Nothing was loaded. Delete it and run again.")
     if data[_SLOT] != _file_hash(data).encode(): raise DamagedError(f"{path} is damaged: its {len(data):,} bytes don't have the hash written in it. Nothing was loaded. Delete it and run again.")
     header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]["mep"]
     facts = json.loads(header.split(" ", 1)[1])
     if facts["format"] > _FORMAT: raise StoreError(f"{path} has format {facts['format']}, this mep reads up to {_FORMAT}; update mep.")
+    for name, value in expected.items():
+        if facts.get(name) != value: raise DamagedError(f"{path} was stored under the {name} {facts.get(name)!r}, not {value!r}: somebody moved it. Nothing was loaded. Delete it and run again.")
     tensors = safetensors.torch.load(data)
     return Artifact({k: tensors[k] for k in facts["order"]}, facts["meta"])
 
@@ -307,12 +317,12 @@ class Store:
             meta=None                   # Facts, anything JSON can hold
            ) -> str:                    # The file's hash
         "Store a result, atomically"
-        return save(self.path(key), tensors, meta)
+        return _save(self.path(key), tensors, meta, key)
 
     def get(self, key:str   # Of a stored result
            ) -> Artifact:
-        "Load a result. `MissingError` if there is none, `DamagedError` if its file was cut or altered"
-        try: return load(self.path(key))
+        "Load a result. `MissingError` if there is none, `DamagedError` if its file was cut, altered or stored under another key"
+        try: return _load(self.path(key), key=key)
         except FileNotFoundError: raise self._missing(key) from None
 
     def delete(self, key:str    # Of a stored result, damaged or not
@@ -348,3 +358,92 @@ class Store:
             if not (isinstance(result, tuple) and len(result) == 2): raise TypeError(f"The function for {key!r} returned a {type(result).__name__}; it must return (tensors, meta).")
             self.put(key, *result)
         return self.get(key)
+
+# %% ../nbs/04_store.ipynb #1f6c8a90
+_NOTE = ".mep.json"
+
+def _claimed(folder):
+    "Names in a folder that mep may replace and remove"
+    try: return set(json.loads((folder/_NOTE).read_text())["names"])
+    except (OSError, ValueError, KeyError, TypeError): return set()
+
+def _is_ours(path):
+    "Whether a folder or a file says by itself that mep wrote it"
+    if path.is_dir(): return any((path/name).is_file() for name in (_NOTE, ".lock")) or all(p.name.endswith(_TEMP) for p in path.iterdir())
+    try:
+        if not path.is_file(): return False    # a pipe would wait for ever
+        with open(path, "rb") as f: return f.read(_SLOT.start)[8:] == _START
+    except OSError: return False
+
+def claim(folder:str|os.PathLike,   # Made if it isn't there
+          *names:str,               # Of files and folders in it that are about to be written; none: the folder itself
+          force:bool=False          # Also take names that something else has
+         ) -> Path:                 # The folder
+    "Note what is ours in a folder. `StoreError` names what is there and was not written by mep: it stays as it is"
+    folder = Path(folder)
+    before = _claimed(folder)
+    taken = [folder/n for n in names if n not in before and os.path.lexists(folder/n) and not _is_ours(folder/n)]
+    if not names and folder.is_dir() and not _is_ours(folder): taken = [folder]
+    if taken and not force:
+        raise StoreError(f"{', '.join(map(str, taken))}: there already, and not written by mep. Give another folder, move it away, or use force to overwrite it.")
+    if not before.issuperset(names) or not (folder/_NOTE).is_file():
+        write_atomic(folder/_NOTE, json.dumps(dict(note="mep wrote these and may replace or remove them", names=sorted(before | set(names)))).encode())
+    return folder
+
+# %% ../nbs/04_store.ipynb #2a7b9cd1
+def discard(folder:str|os.PathLike  # Need not be there
+           ) -> bool:               # Whether the folder is gone
+    "Remove a folder's artifacts, locks and claimed files, and the folder itself if that was all. What mep did not write stays, and so does a folder that mep did not claim or lock"
+    folder = Path(folder)
+    if not folder.is_dir() or folder.is_symlink() or not _is_ours(folder): return False
+    return _emptied(folder)
+
+def _emptied(folder):
+    "Whether nothing is left of a folder but what was ours"
+    mine, last = _claimed(folder), (".lock", _NOTE)    # as long as anything of ours is there, the note says so
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink(): _emptied(path)
+        elif path.name in last: continue
+        elif path.name in mine or path.name.endswith(_TEMP) or path.suffix == _END and _is_ours(path): path.unlink()
+    for name in last: (folder/name).unlink(missing_ok=True)
+    if any(folder.iterdir()): return False
+    folder.rmdir()
+    return True
+
+# %% ../nbs/04_store.ipynb #5daec0f4
+@contextmanager
+def draft(path:str|os.PathLike  # The file to write or to replace; folders are made
+         ):                     # A context whose value is the name to write to
+    "A temporary name beside `path`. The file takes its place, in one step, when the block ends; if the block fails, it goes. `StoreError` if it can't be written"
+    path = Path(path)
+    try:
+        _make_folder(path.parent)
+        fd, temp = _open_temp(path)
+    except OSError as e: raise StoreError(f"{path} can't be written: {e.strerror or e}") from e
+    try:
+        try: yield temp
+        finally: os.close(fd)
+        _put_in_place(temp, path)
+    finally:
+        with suppress(OSError): os.unlink(temp)
+
+def _put_in_place(temp, path):
+    "Bring a finished file to the disk, and give it its name"
+    try:
+        with open(temp, "rb+") as f: os.fsync(f.fileno())
+        os.replace(temp, path)
+        _sync_folder(path.parent)
+    except OSError as e: raise StoreError(f"{path} could not be written: {e.strerror or e}") from e
+
+def check_writable(path:str|os.PathLike     # A file that is to be written later; folders are made
+                  ) -> Path:
+    "The path. `StoreError` if a file by this name can't be written"
+    path = Path(path)
+    if path.is_dir(): raise StoreError(f"{path} is a folder: give the file a name")
+    try:
+        _make_folder(path.parent)
+        fd, temp = _open_temp(path)
+    except OSError as e: raise StoreError(f"{path} can't be written: {e.strerror or e}") from e
+    os.close(fd)
+    os.unlink(temp)
+    return path

@@ -678,10 +678,21 @@ def _facts(folder):
     try: facts = json.loads(path.read_text())
     except ValueError as e: raise ModelFileError(f"{path} is damaged ({e}): export the cascade again") from e
     if not isinstance(facts, dict) or facts.get("format") != _FORMAT: raise ModelFileError(f"{path} is not what export_cascade writes: export the cascade again")
+    _check_facts(path, facts)
     for stage in facts["stages"]:
         file = path.with_name(stage["file"])
         if not file.is_file() or _sha256(file) != stage["sha256"]: raise ModelFileError(f"{file} is missing, damaged or of another export: export the cascade again")
     return facts
+
+def _check_facts(path, facts):
+    "ModelFileError unless all is there that a cascade is made of"
+    lists = [facts.get(k) for k in ("stages", "temperatures", "thresholds")]
+    whole = all(isinstance(v, list) for v in lists) and isinstance(facts.get("settings"), dict) and "measure" in facts["settings"] and "meta" in facts
+    stages = whole and bool(lists[0]) and all(isinstance(s, dict) and {"file", "sha256", "macs"} <= s.keys() for s in lists[0])
+    if not stages or len(lists[1]) != len(lists[0]) or len(lists[2]) != len(lists[0]) - 1:
+        raise ModelFileError(f"{path} is damaged (stages, temperatures, thresholds or settings are missing or don't fit): export the cascade again")
+    for s in lists[0]:
+        if Path(str(s["file"])).name != s["file"]: raise ModelFileError(f"{path} names {s['file']!r}, which is outside its folder: export the cascade again")
 
 # %% ../../nbs/conditional/40_early_exit.ipynb #5dea8e9f
 class Cascade:

@@ -7,6 +7,7 @@ __all__ = ['teacher_maps', 'nsr', 'channel_variance', 'teach_block', 'BlockLibra
 
 # %% ../../nbs/nas/12_bkd.ipynb #2b4799e2
 import copy
+import errno
 import os
 import shutil
 import time
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from ..data import Data
 from .space import ORIGINAL, Arch, Option, SearchSpace, assemble, module_hash
 from ..plot import style
-from ..store import Artifact, MissingError, Store, StoreError, content_hash
+from ..store import Artifact, MissingError, Store, StoreError, claim, content_hash, discard
 from ..train import NanError, _seeded, cosine, evaluating
 
 # %% ../../nbs/nas/12_bkd.ipynb #b1e6cd80
@@ -59,11 +60,29 @@ def teacher_maps(
 # %% ../../nbs/nas/12_bkd.ipynb #264f9e1d
 def _device(model): return next((p.device for p in model.parameters()), torch.device("cpu"))
 
+def _check_room(folder, need):
+    free = shutil.disk_usage(folder).free
+    if need > free: raise StoreError(f"{folder} has {free / 1e9:.1f} GB free, the teacher's maps need {need / 1e9:.1f} GB: free some, use fewer images, or put the library elsewhere")
+
 def _new_file(path, shape):
-    "A float16 file of this shape, mapped; StoreError if the disk has no room for it"
-    need, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
-    if need > free: raise StoreError(f"{path.parent} has {free / 1e9:.1f} GB free, the teacher's maps need {need / 1e9:.1f} GB: free some, use fewer images, or put the library elsewhere")
-    return np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    "A float16 file of this shape, mapped; StoreError if the disk has no room for it. Its bytes are taken now: a mapped file with holes kills the process when the disk is full"
+    _check_room(path.parent, 2 * int(np.prod(shape)))
+    maps = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    try: _allocate(path, maps.offset)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        del maps
+        path.unlink()
+        raise StoreError(f"{path.parent} has no room for {2 * int(np.prod(shape)) / 1e9:.1f} GB of the teacher's maps: free some, use fewer images, or put the library elsewhere") from e
+    return maps
+
+def _allocate(path, start):
+    "Give a file all the bytes that it claims to have; after `start` they are zeros so far"
+    size = path.stat().st_size
+    with open(path, "rb+") as f:
+        if hasattr(os, "posix_fallocate"): return os.posix_fallocate(f.fileno(), 0, size)
+        f.seek(start)
+        for at in range(start, size, 1 << 20): f.write(bytes(min(1 << 20, size - at)))
 
 # %% ../../nbs/nas/12_bkd.ipynb #5ffe4ac8
 def nsr(
@@ -158,10 +177,10 @@ class BlockLibrary:
     def __init__(self,
         root:str|os.PathLike, # Folder; made by `train`
         space:SearchSpace, # Whose blocks
-        teacher:nn.Sequential, # The reference, trained: children `stem`, `blocks`, `head`
+        teacher:nn.Sequential, # The reference, trained: children `stem`, `blocks`, `head`; not changed
     ):
         "Raises ValueError if the teacher does not fit the space, or the folder's library belongs to another teacher or frame, naming both."
-        self.store, self.space, self.teacher = Store(root), space, teacher.eval()
+        self.store, self.space, self.teacher = Store(root), space, copy.deepcopy(teacher).eval() # the caller's stays as it is
         _check_teacher(space, teacher)
         self.identity, self._nsr = dict(frame=space.frame, teacher=module_hash(teacher)), {}
         if "library" in self.store: _check_same(self.store.root, self.store.get("library").meta["identity"], self.identity)
@@ -260,6 +279,7 @@ def _train_missing(library, images, recipe, n_jobs, cache_bytes, device, progres
     todo, store = library.missing(), library.store
     if "library" in store: _check_recipe(store, recipe)
     else: store.put("library", meta=dict(identity=library.identity, recipe=recipe))
+    discard(store.root / "maps") # of a run that was killed when all blocks were there
     if not todo: return
     with tqdm(total=len(todo), desc="blocks", disable=not progress) as bar:
         for places in _groups(library.space, sorted({i for i, _ in todo}), sum(recipe["images"]), cache_bytes):
@@ -285,14 +305,16 @@ def _groups(space, places, n, limit):
 def _mapped(library, images, places):
     "The teacher's maps around some places as files; removed afterwards"
     folder, edges = library.store.root / "maps", sorted({e for i in places for e in (i, i + 1)})
-    shutil.rmtree(folder, ignore_errors=True) # what a killed run left
+    discard(claim(folder)) # what a killed run left
     try:
-        sets = []
+        sets, sizes = [], _edge_bytes(library.space, sum(map(len, images)))
+        claim(folder)
+        _check_room(folder, sum(sizes[e] for e in edges))
         for name, x in zip(("learn", "judge"), images):
-            (folder / name).mkdir(parents=True)
+            claim(folder / name, *(f"edge{e}.npy" for e in edges))
             sets.append(teacher_maps(library.teacher, x, edges, folder / name))
         yield sets, {e: channel_variance(torch.from_numpy(np.array(np.load(sets[0][e], mmap_mode="r")[:4096]))) for e in edges}
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    finally: discard(folder)
 
 def _run_jobs(library, jobs, sets, variance, recipe, n_jobs, device, bar):
     "Jobs through joblib; each stores its own result"

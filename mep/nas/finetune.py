@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Data, Order, calibration
+from ..data import Data, Order, calibration, fingerprint
 from .bkd import BlockLibrary, _one_thread
 from .predictor import AccuracyPredictor
 from .search import Deployment, Measured, latency_table, search
@@ -109,7 +109,7 @@ def trained_accuracies(
 )->np.ndarray: # [n], on the validation images
     "Fine-tune many networks, each once, for what a predictor is to be fitted with. Raises as `finetune` does, ValueError for data without validation images."
     if data.valid is None: raise ValueError("the data has no validation images to judge networks by: load it with n_valid=1000 or so")
-    recipe = content_hash([epochs, options, _fingerprint(data)])[:16]
+    recipe = content_hash([epochs, options, fingerprint(data)])[:16]
     keys = {a: f"networks/{recipe}/{a.key}" for a in archs}
     todo = [a for a in keys if keys[a] not in library.store]
     jobs = (joblib.delayed(_tune_and_store)(keys[a], a, library, data, dict(epochs=epochs, told=told, **options)) for a in todo)
@@ -118,11 +118,6 @@ def trained_accuracies(
     return np.array([library.store.get(keys[a]).meta["accuracy"] for a in archs])
 
 # %% ../../nbs/nas/15_finetune.ipynb #e2f27090
-def _fingerprint(data):
-    "Of labels and of three training images"
-    images = data.train.dataset
-    return [images.labels, data.valid.dataset.labels, images[torch.tensor([0, len(images) // 2, len(images) - 1])][0]]
-
 def _tune_and_store(key, arch, library, data, options):
     "One job: fine-tune a network, and store its accuracy and what it cost"
     start = time.process_time()

@@ -101,6 +101,7 @@ def _check_deployment(d):
     for k in ("threads", "batch", "resolution"):
         v = getattr(d, k)
         if (v is not None or k != "resolution") and (not isinstance(v, int) or isinstance(v, bool) or v < 1): raise ValueError(f"{k}={v!r} must be a whole number of at least 1")
+    if d.threads > 256: raise ValueError(f"threads={d.threads}: give at most 256")
     if d.level not in LEVELS: raise ValueError(f"level={d.level!r} must be one of {', '.join(LEVELS)}")
     if d.precision not in ("fp32", "int8"): raise ValueError(f"precision={d.precision!r} must be fp32 or int8")
 
@@ -110,7 +111,7 @@ def _read_deployment(name, settings):
     for k in settings:
         if k not in known: raise ValueError(f"scenario {name!r} has an unknown setting {k!r}{_near(k, known)}; known: {', '.join(known)}")
     try: return Deployment(**settings)
-    except ValueError as e: raise ValueError(f"scenario {name!r}: {e}") from e
+    except (ValueError, TypeError) as e: raise ValueError(f"scenario {name!r}: {e}") from e
 
 # %% ../../nbs/nas/14_search.ipynb #a9b4870a
 class Composer:

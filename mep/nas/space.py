@@ -105,7 +105,11 @@ class Arch(NamedTuple):
     def to_json(self)->str: return json.dumps(dict(frame=self.frame, blocks=[o.key for o in self.options]), indent=1)
     @classmethod
     def from_json(cls, text:str)->"Arch":
-        d = json.loads(text)
+        "What `to_json` wrote. Raises ValueError for any other text."
+        try: d = json.loads(text)
+        except (ValueError, TypeError) as e: raise ValueError(f"no architecture, for it is no JSON: {e}") from e
+        if not isinstance(d, dict) or not isinstance(d.get("blocks"), list) or not isinstance(d.get("frame"), str):
+            raise ValueError(f"{str(text)[:60]!r} is no architecture: expected what to_json writes, with a frame and a list of blocks")
         return cls(tuple(map(Option.from_key, d["blocks"])), d["frame"])
     def __str__(self): return " | ".join(map(str, self.options))
     def __repr__(self): return f"Arch({self})"
@@ -454,8 +458,21 @@ def draw_archs(
     return ax
 
 # %% ../../nbs/nas/11_space.ipynb #5b62f57b
+def _read_space(path):
+    "The JSON of a space; ValueError for a file that holds none"
+    try: d = json.loads(Path(path).read_text())
+    except ValueError as e: raise ValueError(f"{os.path.basename(path)} is no JSON file: {e}") from e
+    wanted = dict(input_shape=list, places=dict, originals=dict, hash=str)
+    for key, kind in wanted.items():
+        if not isinstance(d, dict) or not isinstance(d.get(key), kind): raise ValueError(f"{os.path.basename(path)} holds no space: its {key} is missing")
+    for name in ("stem", "head"):
+        if name not in d["places"]: raise ValueError(f"{os.path.basename(path)} holds no space: it has no {name}")
+    for name, place in d["places"].items():
+        if not isinstance(place, dict) or {"c_in", "c_out", "stride", "options"} - place.keys(): raise ValueError(f"{os.path.basename(path)} holds no space: its place {name!r} is incomplete")
+    return d
+
 def _load(path, originals):
-    d = json.loads(Path(path).read_text())
+    d = _read_space(path)
     originals = originals if isinstance(originals, dict) or originals is None else originals.originals()
     for name, wanted in d["originals"].items():
         if name not in (originals or {}):

@@ -1,7 +1,7 @@
 """The whole pipeline: `mep.pipeline.run(config)`, and the shell command `mep`."""
 
-_HOME = {"run": "core", "Config": "core", "STAGES": "core", "Report": "report"}
-_MODULES = ("core", "report", "cli", "convert")
+_HOME = {"run": "core", "Config": "options", "STAGES": "core", "Report": "report", "on_workers": "workers"}
+_MODULES = ("core", "report", "cli", "convert", "options", "search", "workers")
 __all__ = list(_HOME)
 
 

@@ -8,19 +8,38 @@ __all__ = ['EXAMPLES', 'COMMANDS', 'add_options', 'parser', 'main']
 # %% ../../nbs/pipeline/92_cli.ipynb #358fa312
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 # %% ../../nbs/pipeline/92_cli.ipynb #6ad9ca31
 def _numbers(text):
-    "`3,224,224` as a tuple of numbers, whole where they are."
-    try: return tuple(int(t) if t.strip().isdigit() else float(t) for t in text.split(","))
+    "`0.5,0.5,0.5` as a tuple of numbers, whole where they are."
+    try: found = tuple(int(t) if t.strip().isdigit() else float(t) for t in text.split(","))
     except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: give numbers with commas between them, such as 3,224,224") from None
+    if not all(map(math.isfinite, found)): raise argparse.ArgumentTypeError(f"{text!r}: give finite numbers")
+    return found
 
-_TYPES = {"str": str, "int": int, "float": float, "tuple": _numbers, str: str, int: int, float: float, tuple: _numbers}
+def _shape(text):
+    "`3,224,224` as the shape of an image."
+    found = _numbers(text)
+    if len(found) == 3 and all(isinstance(v, int) and 1 <= v <= 100_000 for v in found): return found
+    raise argparse.ArgumentTypeError(f"{text!r}: give channels, height and width, such as 3,224,224")
+
+def _whole(least, most):
+    "A reader of whole numbers within a range."
+    def number(text):
+        try: v = int(text)
+        except ValueError: v = least - 1
+        if least <= v <= most: return v
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from {least} to {most:,}")
+    return number
+
+_TYPES = {str: str, int: int, float: float, tuple: _numbers}
 
 # %% ../../nbs/pipeline/92_cli.ipynb #59f93f66
 def add_options(parser:argparse.ArgumentParser, # Parser of a subcommand
@@ -32,37 +51,53 @@ def add_options(parser:argparse.ArgumentParser, # Parser of a subcommand
     for f in fields(config):
         if only is not None and f.name not in only: continue
         flag, default = "--" + f.name.replace("_", "-"), "" if f.default in (None, MISSING) else f" (default: {f.default})"
-        how = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, "bool") else dict(type=_TYPES[f.type], metavar=f.name.upper())
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=_TYPES[f.type], metavar=f.name.upper())
         parser.add_argument(flag, default=argparse.SUPPRESS, help=(says or {}).get(f.name, f.metadata["help"] + default), **how)
 
 # %% ../../nbs/pipeline/92_cli.ipynb #cb625d33
 def _run(a):
     "Load data, train or load a network, quantize it, export it and measure both. A run that was interrupted resumes in its folder."
-    from mep.pipeline.core import Config, config_from, run
+    from mep.pipeline.core import run
+    from mep.pipeline.options import Config, check_config, config_from
     options = {k: v for k, v in vars(a).items() if k in Config.__dataclass_fields__}
     if a.config: options = _read_config(a.config) | options
-    report = run(config_from(options), progress=not a.quiet, redo=a.redo)
+    config = check_config(config_from(options))
+    with _workers(a.dask, config.out): report = run(config, progress=not a.quiet, redo=a.redo, force=a.force)
     print(f"\n{report}\n\nReport: {Path(report.folder)/'report.html'}")
 
 def _read_config(path):
-    try: return json.loads(Path(path).read_text())
+    try: found = json.loads(Path(path).read_text())
     except FileNotFoundError: raise FileNotFoundError(f"no config file {path}; a run writes one as config.json into its folder") from None
     except ValueError as e: raise ValueError(f"{path} isn't JSON ({e})") from e
+    if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}, not options by name")
+    return found
+
+def _workers(address, folder=None):
+    "The workers of a Dask scheduler, or this machine alone."
+    if address is None: return nullcontext()
+    from mep.pipeline.workers import on_workers
+    return on_workers(address, folder=folder)
 
 # %% ../../nbs/pipeline/92_cli.ipynb #78626d9b
 def _quantize(a):
     "Quantize a trained network into one ONNX file, check it, and measure it beside FP32. An interrupted adaround resumes."
-    from mep.pipeline.convert import convert, open_network
+    from mep.pipeline.convert import check_apart, convert, open_network
     config = _config(a, w_bits=a.bits)
+    check_apart({"--output": a.output}, {"--weights": config.weights, "--model": _code(config.model)})
     net, data = open_network(config, a.input)
-    _print(convert(net, a.output, data, a.input, **{k: getattr(config, k) for k in _CONVERT}, progress=not a.quiet), a.json)
+    options = {k: getattr(config, k) for k in _CONVERT}
+    _print(convert(net, a.output, data, a.input, **options, progress=not a.quiet, force=a.force), a.json)
 
 def _compress(a):
     "Compress a trained network into one ONNX file in float, and measure it beside the original. Goes on where it was interrupted."
-    from mep.pipeline.convert import open_network, shrink
+    from mep.pipeline.convert import check_apart, open_network, shrink
     config = _config(a)
+    if not config.data: raise ValueError("which images does the network take? Give --data: a network is compressed so that it says the same of them")
+    check_apart({"--output": a.output, "--weights-out": a.weights_out}, {"--weights": config.weights, "--model": _code(config.model)})
     net, data = open_network(config)
-    _print(shrink(net, a.output, data, a.macs, a.finetune, a.weights_out, **{k: getattr(config, k) for k in _SHRINK}, progress=not a.quiet), a.json)
+    options = {k: getattr(config, k) for k in _SHRINK}
+    with _workers(a.dask): report = shrink(net, a.output, data, a.macs, a.finetune, a.weights_out, **options, progress=not a.quiet, force=a.force)
+    _print(report, a.json)
 
 def _search(a):
     "Search for quicker networks: a library of blocks, a predictor, a front for each scenario. Goes on where it was interrupted."
@@ -70,10 +105,13 @@ def _search(a):
     from mep.pipeline.convert import open_network
     from mep.pipeline.core import open_data
     from mep.pipeline.search import explore
+    if not a.out.strip(): raise ValueError("--out is empty: give a folder")
     config, scenarios = _config(a, data="shapes"), load_scenarios(a.scenarios) if a.scenarios else None
     if {"model", "weights"} & vars(a).keys(): net, data = open_network(config)
     else: net, data = None, open_data(config.data, config.resize, config.batch, **{k: getattr(config, k) for k in _DATA})
-    report = explore(data, a.out, net, scenarios, a.library, a.networks, config.epochs or 10, a.tune, a.finetune, n_latency=config.n_latency, n_jobs=_cpus(), seed=config.seed, progress=not a.quiet)
+    options = dict(n_latency=config.n_latency, n_jobs=_cpus(), seed=config.seed, progress=not a.quiet, force=a.force)
+    with _workers(a.dask, a.library or a.out):
+        report = explore(data, a.out, net, scenarios, a.library, a.networks, config.epochs or 10, a.tune, a.finetune, **options)
     print(f"\n{report}\n\nReport: {Path(report.folder)/'report.html'}")
 
 _DATA = "root n_train n_test size mean std seed".split()
@@ -83,8 +121,13 @@ _SHRINK = "threads n_latency seed".split()
 
 def _config(a, **defaults):
     "The options that a command shares with a run."
-    from mep.pipeline.core import Config, check_config
+    from mep.pipeline.options import Config, check_config
     return check_config(Config(**dict(data=None) | defaults | {k: v for k, v in vars(a).items() if k in Config.__dataclass_fields__} | dict(out=None)))
+
+def _code(model):
+    "The file of FILE.py:FUNCTION, or None."
+    file = str(model).rpartition(":")[0]
+    return file if file.endswith(".py") else None
 
 def _print(report, as_json):
     from dataclasses import asdict
@@ -116,13 +159,15 @@ def _latency(a):
 def _report(a):
     "Write report.html of a finished run again, and print the table."
     from mep.pipeline.report import read, write
+    from mep.store import claim
     report = read(a.folder)
+    claim(a.folder, "results.json", force=True)    # it was read: it is ours
+    claim(a.folder, "report.html", force=a.force)
     print(f"{report}\n\nReport: {write(report, a.folder)}")
 
 def _data(a):
     "The data sets that can be named."
-    from mep.data import NAMES
-    for n in NAMES: print(f"{n:14} {_ABOUT.get(n, '')}".rstrip())
+    for name, what in _ABOUT.items(): print(f"{name:14} {what}")
 
 _ABOUT = dict(shapes="textured shapes on cluttered backgrounds, 32 px, made on the spot", digits="scikit-learn's handwritten digits, 8 px, no download",
               fashion_mnist="Fashion-MNIST, 28 px, from --root, $MEP_DATA or downloaded", cifar10="CIFAR-10, 32 px, likewise",
@@ -144,6 +189,7 @@ EXAMPLES = """examples:
   mep run --compress 0.5                              half of the MACs, then INT8
   mep run --search 0.6                                a network that takes 60 % of the time, found by search, then INT8
   mep search --data shapes --scenarios scenarios.json --finetune 3     a front for each scenario, and three networks as files
+  mep search --data shapes --dask tcp://10.0.0.1:8786 --out /shared/search     on the workers of a cluster
   mep search --model torchvision:resnet18 --weights resnet18.pth --data imagenette --out runs/found
   mep quantize --model torchvision:resnet18 --weights resnet18.pth --data imagenette --bits 4 -o resnet18_w4.onnx
   mep quantize --model torchvision:mobilenet_v2 --weights mobilenet_v2.pth --input 3,224,224 -o int8.onnx     without any data
@@ -156,58 +202,70 @@ To save weights of torchvision: python -c "import torch, torchvision; torch.save
 
 # %% ../../nbs/pipeline/92_cli.ipynb #7ab09a7f
 def _run_options(p):
-    from mep.pipeline.core import Config
+    from mep.pipeline.options import Config
     add_options(p, Config)
-    p.add_argument("--config", metavar="FILE", help="read options from a JSON file; options given here win")
+    p.add_argument("--config", metavar="FILE", help="read options from a JSON file; options given here win. Its model may name a file that is then run")
     p.add_argument("--redo", metavar="STAGE", help="compute this stage and those after it again")
+    _dask_option(p)
+    _common_options(p)
+
+def _common_options(p):
+    "What the commands that write share."
+    p.add_argument("--force", action="store_true", help="overwrite files there that mep did not write")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
+
+def _dask_option(p): p.add_argument("--dask", metavar="ADDRESS", help="Dask scheduler whose workers do what can be done side by side, such as tcp://10.0.0.1:8786 (default: this machine alone)")
 
 def _file_options(p, *names):
     "What the commands that write one file share."
-    from mep.pipeline.core import Config
+    from mep.pipeline.options import Config
     p.add_argument("-o", "--output", required=True, metavar="FILE", help="ONNX file to write")
     add_options(p, Config, names, dict(data="data set: a name that `mep data` lists, or folder:PATH", weights="its weights: .safetensors, a torch state dict, or what --weights-out wrote"))
     p.add_argument("--json", action="store_true", help="print JSON")
-    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    _common_options(p)
 
 def _quantize_options(p):
-    p.add_argument("--bits", type=int, default=8, help="bits of the weights, 2 to 8 (default: 8)")
-    p.add_argument("--input", type=_numbers, metavar="C,H,W", help="shape of one image; needed without --data")
+    p.add_argument("--bits", type=int, default=8, metavar="N", help="bits of the weights, 2 to 8 (default: 8)")
+    p.add_argument("--input", type=_shape, metavar="C,H,W", help="shape of one image; needed without --data")
     _file_options(p, *_OPEN, *(n for n in _CONVERT if n != "w_bits"))
 
 def _compress_options(p):
-    p.add_argument("--macs", type=float, default=.5, help="share of the MACs to keep (default: 0.5)")
-    p.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="epochs of training afterwards, with the original as the teacher (default: 0)")
+    p.add_argument("--macs", type=float, default=.5, metavar="SHARE", help="share of the MACs to keep (default: 0.5)")
+    p.add_argument("--finetune", type=_whole(0, 100_000), default=0, metavar="EPOCHS", help="epochs of training afterwards, with the original as the teacher (default: 0)")
     p.add_argument("--weights-out", metavar="FILE", help="keep the weights, too: .safetensors, for `mep quantize --weights`")
+    _dask_option(p)
     _file_options(p, *_OPEN, *_SHRINK)
 
 def _search_options(p):
     p.add_argument("--scenarios", metavar="FILE", help='JSON: name -> {"threads": 4, "precision": "int8", "batch": 1, "resolution": 64, "level": "all"}, each as needed (default: one thread)')
     p.add_argument("--library", metavar="FOLDER", help="folder of the trained blocks (default: library in the folder of the search)")
-    p.add_argument("--networks", type=int, default=40, metavar="N", help="networks to train for the predictor (default: 40)")
-    p.add_argument("--tune", type=int, default=3, metavar="EPOCHS", help="epochs of training of each network (default: 3)")
-    p.add_argument("--finetune", type=int, default=0, metavar="N", help="networks of the first scenario's front to train, export and measure (default: 0)")
+    p.add_argument("--networks", type=_whole(1, 100_000), default=40, metavar="N", help="networks to train for the predictor (default: 40)")
+    p.add_argument("--tune", type=_whole(1, 100_000), default=3, metavar="EPOCHS", help="epochs of training of each network (default: 3)")
+    p.add_argument("--finetune", type=_whole(0, 1000), default=0, metavar="N", help="networks of the first scenario's front to train, export and measure (default: 0)")
+    _dask_option(p)
     p.add_argument("--out", default="runs/search", metavar="FOLDER", help="folder of the search; it resumes from here (default: runs/search)")
-    from mep.pipeline.core import Config
+    from mep.pipeline.options import Config
     add_options(p, Config, [*_OPEN, "epochs", "n_latency", "seed"], dict(model="network to begin with, cut into parts, as in `mep run` (default: the book's own space)", epochs="epochs of training of the reference, where no network is given (default: 10)"))
-    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    _common_options(p)
 
 def _profile_options(p):
     p.add_argument("model", help="small_resnet, small_mobilenet, torchvision:NAME or FILE.py:FUNCTION")
     p.add_argument("--weights", metavar="FILE", help=".safetensors or a torch state dict: sets the number of outputs")
-    p.add_argument("--input", type=_numbers, default=(3, 224, 224), metavar="C,H,W", help="shape of one image (default: 3,224,224)")
+    p.add_argument("--input", type=_shape, default=(3, 224, 224), metavar="C,H,W", help="shape of one image (default: 3,224,224)")
     p.add_argument("--json", action="store_true", help="print JSON")
 
 # %% ../../nbs/pipeline/92_cli.ipynb #172edf8b
 def _latency_options(p):
     p.add_argument("models", nargs="+", metavar="MODEL", help="an .onnx file, or a network as in `mep profile`; the first is the one to compare with")
-    p.add_argument("--input", type=_numbers, default=(3, 224, 224), metavar="C,H,W", help="shape of one image (default: 3,224,224)")
-    p.add_argument("--threads", type=int, default=1, help="threads of onnxruntime (default: 1)")
-    p.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
-    p.add_argument("--n", type=int, default=50, help="timings of each network (default: 50)")
+    p.add_argument("--input", type=_shape, default=(3, 224, 224), metavar="C,H,W", help="shape of one image (default: 3,224,224)")
+    p.add_argument("--threads", type=_whole(1, 256), metavar="N", default=1, help="threads of onnxruntime (default: 1)")
+    p.add_argument("--batch", type=_whole(1, 100_000), metavar="N", default=1, help="images per call (default: 1)")
+    p.add_argument("--n", type=_whole(2, 1_000_000), metavar="N", default=50, help="timings of each network (default: 50)")
     p.add_argument("--json", action="store_true", help="print JSON")
 
-def _report_options(p): p.add_argument("folder", help="folder of the run")
+def _report_options(p):
+    p.add_argument("folder", help="folder of the run")
+    p.add_argument("--force", action="store_true", help="overwrite a report.html that mep did not write")
 
 # %% ../../nbs/pipeline/92_cli.ipynb #bcffc135
 COMMANDS = dict(run=(_run, _run_options), quantize=(_quantize, _quantize_options), compress=(_compress, _compress_options), search=(_search, _search_options), profile=(_profile, _profile_options), latency=(_latency, _latency_options),
@@ -263,7 +321,7 @@ def _failed(e, command, argv):
         again = f" What is finished is kept; go on with: {shlex.join(['mep', *argv])}" if command in ("run", "quantize", "compress", "search") else ""
         print(f"\nInterrupted.{again}", file=sys.stderr); return 130
     if not isinstance(e, Exception): raise e
-    known = isinstance(e, (ValueError, TypeError, OSError, RuntimeError))
-    text = " ".join(str(e).split()) or type(e).__name__
+    known = isinstance(e, (ValueError, TypeError, OSError, RuntimeError, MemoryError))
+    text = " ".join(str(e).split()) or ("out of memory" if isinstance(e, MemoryError) else type(e).__name__)
     print(f"mep {command}: {text}" if known else f"mep {command}: unexpected {type(e).__name__}: {text} (--debug shows where)", file=sys.stderr)
     return 2 if known else 1

@@ -10,7 +10,7 @@ __all__ = ['ROWS', 'FIGURES', 'accuracy_se', 'change', 'Report', 'si', 'table', 
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ..plot import COLORS, INK, PAPER, RC, SOFT, color, pareto, style, svg
-from ..store import write_atomic
+from ..store import claim, content_hash, write_atomic
 
 # %% ../../nbs/pipeline/91_report.ipynb #b32f5b40
 def accuracy_se(p:float, # Accuracy in [0, 1]
@@ -81,6 +81,7 @@ ROWS = [ # label, number -> text, how it was measured
     ("rounding", lambda r: r["method"], "How the weights got their integers, and what shares one range."),
     ("bits, weights/activations", lambda r: f"{r['w_bits']}/{r['a_bits']}", "Bits in which numbers are stored and multiplied."),
     ("layers on integers", lambda r: f"{r['integer_layers']} of {r['integer_layers'] + r['float_layers']}", "Convolutions and linear layers, counted in the graph that onnxruntime runs."),
+    ("MACs on integers", lambda r: f"{100*r['integer_macs']:.1f} %", "Share of the multiply-accumulates in layers that are quantized; the rest runs in float."),
     ("file against simulation", lambda r: "every bit agrees" if r["parity_db"] is None else f"{r['parity_db']:.1f} dB", "Logits of the file compared with PyTorch's simulation of it."),
     ("file", lambda r: si(r["bytes"], "B") + (f" ({r['smaller']:.1f}× smaller)" if r.get("smaller", 0) > 1 else ""), "Bytes of the ONNX file."),
     ("parameters", lambda r: si(r["params"]), "Numbers that training sets."),
@@ -109,6 +110,7 @@ def headline(report:Report, # A run's report
     done = {k: r for k, r in report.nets.items() if {"accuracy", "ms"} <= set(r)}
     if len(done) < 2: return ""
     (first, a), (last, b) = list(done.items())[0], list(done.items())[-1]
+    if not {"change", "smaller", "speedup"} <= set(b): return ""
     times = lambda ratio, more, less: f"{ratio:.1f} times {more}" if ratio >= 1 else f"{1/ratio:.1f} times {less}"
     return (f"{last} reaches {100*b['accuracy']:.1f} % accuracy beside {100*a['accuracy']:.1f} % in {first} ({_points(b)}). "
             f"Its file is {times(b['smaller'], 'smaller', 'larger')}, and it runs {times(b['speedup'], 'faster', 'slower')}: "
@@ -133,8 +135,8 @@ def _axes():
 def figure_pareto(report:Report, # A run's report
 ) -> Axes: # None if nothing was measured
     "Accuracy against measured latency, one point per network."
-    points = [dict(name=n, method=_method(n), ms=r["ms"], accuracy=100*r["accuracy"], yerr=100*r["accuracy_se"], lo=r["ms_p10"], hi=r["ms_p90"])
-              for n, r in report.nets.items() if "ms" in r]
+    points = [dict(name=_literal(n), method=_method(n), ms=r["ms"], accuracy=100*r["accuracy"], yerr=100*r["accuracy_se"], lo=r["ms_p10"], hi=r["ms_p90"])
+              for n, r in report.nets.items() if {"ms", "accuracy"} <= set(r)]
     if not points: return None
     ax = _axes()
     for p in points: ax.hlines(p["accuracy"], p["lo"], p["hi"], color=color(p["method"]), lw=1)
@@ -142,6 +144,8 @@ def figure_pareto(report:Report, # A run's report
     pareto(points, ax=ax, xlabel="latency of one image (ms)", ylabel="accuracy (%)")
     for t in ax.texts: t.set_bbox(dict(facecolor=PAPER, edgecolor="none", pad=1)) # names stay readable on lines
     return ax
+
+def _literal(name): return str(name).replace("$", r"\$")    # a dollar would begin a formula
 
 # %% ../../nbs/pipeline/91_report.ipynb #5e827220
 def _method(name):
@@ -158,8 +162,8 @@ def figure_layers(report:Report, # A run's report
     ax, few, width = _axes(), len(layers) <= 24, .8 / len(nets)
     for i, net in enumerate(nets):
         rows = [r for r in report.layers if r["net"] == net]
-        ax.bar([layers.index(r["name"]) + (i - (len(nets) - 1) / 2) * width for r in rows], [r["sqnr_db"] for r in rows], width, color=color(_method(net)), label=net)
-    if few: ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
+        ax.bar([layers.index(r["name"]) + (i - (len(nets) - 1) / 2) * width for r in rows], [r["sqnr_db"] for r in rows], width, color=color(_method(net)), label=_literal(net))
+    if few: ax.set_xticks(range(len(layers)), list(map(_literal, layers)), rotation=60, ha="right", fontsize=8)
     if nets[1:]: ax.legend(ncols=len(nets), loc="lower center", bbox_to_anchor=(.5, 1))
     ax.set(xlabel="" if few else "layer, from input to output", ylabel="SQNR at the output (dB)"); ax.grid(axis="x", visible=False)
     return ax
@@ -172,7 +176,7 @@ def figure_fronts(report:Report, # A search's report
     ax, hues = _axes(), [COLORS[k] for k in ("nas", "bkd", "predictor", "finetune", "random")]
     for i, (name, points) in enumerate(report.fronts.items()):
         ms, accuracies = zip(*points)
-        ax.step(ms, [100 * a for a in accuracies], where="post", marker=".", color=hues[i % len(hues)], label=name)
+        ax.step(ms, [100 * a for a in accuracies], where="post", marker=".", color=hues[i % len(hues)], label=_literal(name))
     ax.set(xlabel="latency of one image (ms)", ylabel="predicted accuracy (%)"); ax.legend()
     return ax
 
@@ -261,9 +265,10 @@ def html(report:Report, # A run's report
 def write(report:Report, # What to write
     folder:str, # Where: `report.html` and `results.json`
 ) -> Path: # The page
-    "Write the page and its numbers, each in one piece."
-    folder = Path(folder)
-    write_atomic(folder / "results.json", (json.dumps(asdict(report) | {"folder": None}, indent=1) + "\n").encode())
+    "Write the page and its numbers, each in one piece. Raises `mep.store.StoreError` where something else has these names."
+    folder = claim(folder, "results.json", "report.html")
+    facts = json.loads(json.dumps(asdict(report) | {"folder": None}))
+    write_atomic(folder / "results.json", (json.dumps(facts | {"hash": content_hash(facts)}, indent=1) + "\n").encode())
     write_atomic(folder / "report.html", html(report).encode())
     return folder / "report.html"
 
@@ -273,5 +278,50 @@ def read(folder:str, # A run's folder
     "The report of a finished run. Raises FileNotFoundError or ValueError that say what is wrong with the folder."
     path = Path(folder) / "results.json"
     if not path.is_file(): raise FileNotFoundError(f"{path}: no finished run here; `mep run --out {folder}` makes one")
-    try: return Report(**json.loads(path.read_text()) | {"folder": str(folder)})
+    try:
+        report = Report(**_unaltered(json.loads(path.read_text(encoding="utf-8"))) | {"folder": str(folder)})
+        _check_report(report)
     except (ValueError, TypeError) as e: raise ValueError(f"{path} isn't a report of mep ({e}); delete it and run again") from e
+    return report
+
+def _unaltered(facts):
+    "What a file says, without the hash of it"
+    if not isinstance(facts, dict): raise ValueError(f"it holds a {type(facts).__name__}")
+    said = facts.pop("hash", None)
+    if said is not None and said != content_hash(facts): raise ValueError("it was altered: its numbers don't have the hash written in it")
+    return facts
+
+# %% ../../nbs/pipeline/91_report.ipynb #15d93a7a
+def _check_report(report):
+    "ValueError for what `write` would not have written"
+    for f in fields(report):
+        v, kind = getattr(report, f.name), f.type
+        if not isinstance(v, kind) and not (kind is str and v is None): raise ValueError(f"its {f.name} is a {type(v).__name__}, not a {kind.__name__}")
+    for name, row in report.nets.items(): _check_row(name, row)
+    for row in report.layers: _check_keys(row, dict(net=str, name=str, sqnr_db=(int, float)), "a layer")
+    for row in report.stages: _check_keys(row, dict(stage=str, seconds=(int, float), reused=bool), "a stage")
+    if not all(isinstance(n, str) for n in report.notes): raise ValueError("its notes are no sentences")
+    for name, points in report.fronts.items(): _check_points(name, points)
+    text(report)
+
+def _check_keys(row, kinds, what):
+    if not isinstance(row, dict): raise ValueError(f"{what} in it is a {type(row).__name__}")
+    for key, kind in kinds.items():
+        if not isinstance(row.get(key), kind): raise ValueError(f"{what} in it has the {key} {row.get(key)!r}")
+
+_TOGETHER = [("accuracy", "accuracy_se"), ("change", "change_se"), ("ms", "ms_p10", "ms_p90"), ("speedup", "speedup_lo", "speedup_hi"), ("integer_layers", "float_layers")]
+
+def _check_row(name, row):
+    "A network's row: numbers and texts, and no number without those that stand beside it in the table"
+    if not isinstance(row, dict): raise ValueError(f"its row {name!r} is a {type(row).__name__}")
+    for key, v in row.items():
+        if key != "method" and not (key == "parity_db" and v is None) and (isinstance(v, bool) or not isinstance(v, (int, float))): raise ValueError(f"{name!r} has the {key} {v!r}")
+    for keys in _TOGETHER:
+        there = [k for k in keys if k in row]
+        if there and len(there) < len(keys): raise ValueError(f"{name!r} has {', '.join(there)}, but not all of {', '.join(keys)}")
+    if min(row.get(k, 1) for k in ("smaller", "speedup")) <= 0: raise ValueError(f"{name!r} has a ratio that isn't above 0")
+
+def _check_points(name, points):
+    if not isinstance(points, list) or not points: raise ValueError(f"its front {name!r} has no points")
+    for p in points:
+        if not isinstance(p, list) or len(p) != 2 or not all(isinstance(v, (int, float)) for v in p): raise ValueError(f"its front {name!r} has the point {p!r}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data import Data, calibration
+from ..data import Data, calibration, fingerprint
 from ..deploy import export_onnx, file_size, machine
 from ..nas.bkd import BlockLibrary
 from ..nas.finetune import finetune as finetune_network, learn_accuracy, lighter_space, measured_front
@@ -20,7 +20,7 @@ from ..nas.space import SearchSpace, default_space
 from .core import cost_facts, measure_files, quantize_by, writable_folder
 from .report import Report, write
 from ..quant.export import export_int8
-from ..store import Store, content_hash
+from ..store import Store, check_writable, claim, content_hash
 from ..train import accuracy, fit
 
 # %% ../../nbs/pipeline/94_search.ipynb #ca9bf20a
@@ -31,15 +31,25 @@ def open_space(
     epochs:int=10, # Of the reference
     seed:int=0, # Of its weights and batches
     progress:bool=True,
+    networks:int|None=None, # That are to be trained for the predictor; None: not known yet
 )->tuple: # The space, and its trained reference in parts: the teacher
-    "Where a search begins. Raises what `lighter_space` and `fit` raise."
-    if net is not None: return lighter_space(net, calibration(data, min(64, len(data.train.dataset))))
-    space = default_space(len(data.classes), data.input_shape)
-    reference, unfinished = space.build(space.reference, seed), store.root/"reference.unfinished"
+    "Where a search begins. Raises ValueError for too few networks, and what `lighter_space` and `fit` raise."
+    if net is not None:
+        space, teacher = lighter_space(net, calibration(data, min(64, len(data.train.dataset))))
+        return _enough(space, networks), teacher
+    space = _enough(default_space(len(data.classes), data.input_shape), networks)
+    key = content_hash([space.hash, epochs, seed, fingerprint(data)])[:16]
+    reference, unfinished = space.build(space.reference, seed), store.root/f"reference-{key}.unfinished"
     def new(): return fit(reference, data, epochs, checkpoint=unfinished, seed=seed, progress=progress).model.state_dict(), {}
-    reference.load_state_dict(store.cached(f"reference/{content_hash([space.hash, epochs, seed])[:16]}", new).tensors)
+    reference.load_state_dict(store.cached(f"reference/{key}", new).tensors)
     unfinished.unlink(missing_ok=True)
     return space, reference.eval()
+
+def _enough(space, networks):
+    "The space, if a predictor can be fitted to so many of its networks"
+    least = len(space) + 2
+    if networks is not None and networks < least: raise ValueError(f"networks={networks}: the space has {len(space)} blocks, so train at least {least}, for the predictor has a number to fit for each")
+    return space
 
 # %% ../../nbs/pipeline/94_search.ipynb #476969a1
 def _as_file(net, path, data, precision, seed):
@@ -65,14 +75,16 @@ def explore(
     n_jobs:int=1, # Processes of one thread
     seed:int=0, # Of all random choices
     progress:bool=True, # Show bars on stderr
+    force:bool=False, # Overwrite what something else left in the folder
 )->Report: # Also written to the folder
-    "A whole search. Raises ValueError for too small a number, a network that can't be cut and for a library of another teacher, `mep.store.LockedError` if another process is at work in the folder."
+    "A whole search. Raises ValueError for too small a number, a network that can't be cut and for a library of another teacher, `mep.store.LockedError` if another process is at work in the folder, `mep.store.StoreError` for files there that mep did not write."
     for name, v, least in (("networks", networks, 1), ("tune", tune, 1), ("finetune", finetune, 0)):
         if v < least: raise ValueError(f"{name}={v}: give at least {least}")
-    folder, how = writable_folder(out), dict(n_jobs=n_jobs, seed=seed, progress=progress)
+    folder, how = claim(writable_folder(out), "store", force=force), dict(n_jobs=n_jobs, seed=seed, progress=progress)
     store, scenarios, lr = Store(folder/"store"), scenarios or {"one thread": Deployment()}, .1 if net is None else .02
     with store.lock():
-        space, teacher = open_space(data, net, store, epochs, seed, progress)
+        _claim_files(folder, scenarios, finetune, force)
+        space, teacher = open_space(data, net, store, epochs, seed, progress, networks)
         blocks = BlockLibrary(library or folder/"library", space, teacher).train(data, n_images=min(n_blocks, len(data.train.dataset)), **how)
         predictor = learn_accuracy(blocks, data, networks, epochs=tune, lr=lr, **how)
         fronts = {name: measured_front(space, predictor, d, store=Store(folder/"latency"))[0] for name, d in scenarios.items()}
@@ -89,9 +101,10 @@ def _plain(name): return "".join(c if c.isalnum() else "-" for c in name.lower()
 
 def _tuned(point, library, data, store, epochs, lr, seed, progress):
     "A network of the front, trained, and what was foretold of it"
-    net, unfinished = library.space.build(point.arch), store.root/f"{point.arch.key}.unfinished"
+    key = content_hash([point.arch.key, epochs, lr, seed, library.identity, fingerprint(data)])[:16]
+    net, unfinished = library.space.build(point.arch), store.root/f"{key}.unfinished"
     def new(): return finetune_network(point.arch, library, data, epochs, lr=lr, checkpoint=unfinished, seed=seed, progress=progress).model.state_dict(), {}
-    net.load_state_dict(store.cached(f"network/{content_hash([point.arch.key, epochs, lr, seed])[:16]}", new).tensors)
+    net.load_state_dict(store.cached(f"network/{key}", new).tensors)
     unfinished.unlink(missing_ok=True)
     return net.eval(), point
 
@@ -106,3 +119,11 @@ def _report(data, teacher, tuned, fronts, deployment, folder, n, seed):
     notes = [f"{name} ({f.name}): {len(f)} networks, {f[0].cost:.3g} to {f[-1].cost:.3g} ms, predicted accuracy {f[0].accuracy:.1%} to {f[-1].accuracy:.1%}." for name, f in fronts.items()]
     points = {name: [(p.cost, p.accuracy) for p in f] for name, f in fronts.items()}
     return Report("search", "", {}, dict(name=data.name, classes=list(data.classes), input_shape=list(data.input_shape)), rows, [], notes, [], machine() | dict(threads=deployment.threads), str(folder), points)
+
+def _claim_files(folder, scenarios, n, force):
+    "Names in the folder that the search is going to write"
+    first = _plain(next(iter(scenarios)))
+    files = ["fp32.onnx", "results.json", "report.html", *(f"{_plain(s)}.json" for s in scenarios), *(f"{first}-{i}.onnx" for i in range(1, n + 1))]
+    if len({_plain(s) for s in scenarios}) < len(scenarios): raise ValueError(f"two scenarios would have one file: {', '.join(scenarios)}. Call them by letters and digits that differ")
+    claim(folder, "library", "latency", *files, force=force)
+    for name in files: check_writable(folder/name)
