@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +32,7 @@ from zoo import ours as zoo_configs  # noqa: E402
 from mep.data import calibration  # noqa: E402
 from mep.deploy import export_onnx, machine  # noqa: E402
 from mep.pipeline.convert import open_network  # noqa: E402
-from mep.quant import export_int8, overflows, quantize, without_vnni  # noqa: E402
+from mep.quant import adaround, export_int8, overflows, quantize, without_vnni  # noqa: E402
 from mep.train import sqnr_db  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -136,7 +137,7 @@ def networks(only):
     for name, config in zoo_configs(Path(os.environ["MEP_DATA"])).items():
         if only and name not in only: continue
         net, data = open_network(config)
-        yield name, net.cpu().eval(), calibration(data, min(512, len(data.train.dataset)), 0), torch.cat([x for x, _ in data.test])[:512], 16
+        yield name, net.cpu().eval(), calibration(data, min(1024, len(data.train.dataset)), 0), torch.cat([x for x, _ in data.test])[:1000], 16
     for name in NETWORKS:
         if not only or name in only: yield name, network(name, 0), pictures(32, 1), pictures(32, 2), 2
 
@@ -180,6 +181,17 @@ def measure(net, calib, test, seen, where, folder):
     return row
 
 
+@torch.no_grad()
+def rounding(net, calib, test):
+    "SQNR of 8-bit weights with the limit for pairs and without, to nearest and by adaround, with a scale per channel and per layer"
+    want, found = outputs(net, test), {}
+    for per_channel, way, cpu in itertools.product((True, False), ("nearest", "adaround"), ("any", "vnni")):
+        make = partial(adaround, w_bits=8) if way == "adaround" else quantize
+        qm = make(net, calib, per_channel=per_channel, cpu=cpu, progress=False)
+        found[f"{'per channel' if per_channel else 'per layer'}, {way}, {'limit' if cpu == 'any' else 'no limit'}"] = sqnr_db(want, outputs(qm, test))
+    return found
+
+
 def finite(db): return None if db == float("inf") else db
 
 
@@ -187,18 +199,22 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--arm", help="folder with an aarch64 Python and onnxruntime")
     p.add_argument("--only", nargs="*", help="networks")
+    p.add_argument("--rounding-only", action="store_true", help="compare roundings alone: the processors' rows stay")
     p.add_argument("--results", default=str(HERE / "results" / "cpus.json"))
     a = p.parse_args()
     where = processors(a.arm)
     old = json.loads(Path(a.results).read_text()) if Path(a.results).exists() else {}
-    rows = old.get("networks", {})
-    with tempfile.TemporaryDirectory() as d: pairs = probe(where["x86 without VNNI"], Path(d))
+    rows, rounded, pairs = old.get("networks", {}), old.get("rounding", {}), old.get("pairs", {})
+    if not a.rounding_only:
+        with tempfile.TemporaryDirectory() as d: pairs = probe(where["x86 without VNNI"], Path(d))
     for name, net, calib, test, seen in networks(a.only):
-        with tempfile.TemporaryDirectory() as d: rows[name] = measure(net, calib, test, seen, where, Path(d))
-        kept = {k: round(v, 1) for k, v in rows[name]["sqnr_db"].items()}
-        print(name, kept, {k: v["ours"]["every_bit"] for k, v in rows[name]["processors"].items()}, flush=True)
+        if not a.rounding_only:
+            with tempfile.TemporaryDirectory() as d: rows[name] = measure(net, calib, test, seen, where, Path(d))
+        rounded[name] = rounding(net, calib, test)
+        print(name, {k: round(v, 2) for k, v in rounded[name].items()}, flush=True)
+        print(name, rows[name]["sqnr_db"], {k: v["ours"]["every_bit"] for k, v in rows[name]["processors"].items()}, flush=True)
         arm = dict(onnxruntime="1.23.2") if a.arm else {}
-        result = dict(what="one file on several processors; SQNR of the outputs against the float network's, in dB", machine=machine(), emulated="qemu-user", arm=arm, pairs=pairs, networks=rows)
+        result = dict(what="one file on several processors; SQNR of the outputs against the float network's, in dB", machine=machine(), emulated="qemu-user", arm=old.get("arm") or arm, pairs=pairs, networks=rows, rounding=rounded)
         Path(a.results).write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -659,7 +659,13 @@ def _inputs_at(pairs, node, twin):
     other, other_twin = _other_summand(node), _other_summand(twin)
     for pair in pairs:
         exact, changed = (run.env for run in pair.runs)
-        yield exact[twin.args[0]], changed[node.args[0]], exact[other_twin] - changed[other] if other in changed else None
+        yield exact[twin.args[0]], changed[node.args[0]], _lacks(exact[other_twin], changed[other]) if other in changed else None
+
+def _lacks(exact, changed):
+    "What is missing in a changed tensor, but for what the ends of its range cut off: that was given up on purpose"
+    lack = exact - changed
+    cut = (changed == changed.amax()) & (lack > 0) | (changed == changed.amin()) & (lack < 0)
+    return lack.masked_fill_(cut, 0)
 
 def _other_summand(node):
     "If the node's output only goes into a sum of two: the other one"

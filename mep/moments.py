@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .graph import forward_of
-from .train import evaluating
+from .train import evaluating, progress_bar
 
 # %% ../nbs/07_moments.ipynb #a9b3579f
 class Quadratic(NamedTuple):
@@ -165,7 +164,7 @@ def observe(
     hooks = [op.register_forward_pre_hook(lambda op, args, name=name: look(name, op, args[0])) for name, op in layers.items()]
     try:
         with torch.no_grad(), evaluating(model):
-            for b in tqdm(batches, desc="observe", disable=not progress): model(b.to(next(iter(layers.values())).weight.device))
+            for b in progress_bar(batches, progress, desc="observe"): model(b.to(next(iter(layers.values())).weight.device))
     finally:
         for hook in hooks: hook.remove()
     return {name: m.quadratic(centred=layers[name].bias is not None) for name, m in moments.items() if m.n}

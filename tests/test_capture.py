@@ -1,6 +1,5 @@
 """Networks as people have them: what is recorded is what they compute, in every method."""
 import copy
-import warnings
 
 import pytest
 import torch

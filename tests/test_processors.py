@@ -16,8 +16,9 @@ from mep.moments import Quadratic
 from mep.quant import adaround, dfq, export_int8, load_quantized, overflows, quantize, save_quantized, without_vnni
 from mep.quant.adaround import descend, feedback, solve, tabu, try_all
 from mep.quant.bayesian_bits import bayesian_bits, compact
-from mep.quant.grid import PAIR_LIMIT, Grid, bound_pairs, bounded_grid, fit_grid, neighbours, pair_sums, quantize as to_integers
-from mep.quant.sim import QuantLayer, Quantizer
+from mep.quant.grid import PAIR_LIMIT, Grid, bound_pairs, bounded_grid, fit_grid, neighbours, pair_sums
+from mep.quant.grid import quantize as to_integers
+from mep.quant.sim import Quantizer, QuantLayer
 from mep.train import sqnr_db
 
 BYTES = Grid(torch.tensor(1.), torch.tensor(0), 8, signed=True, narrow=True, pair_limit=PAIR_LIMIT)
@@ -253,3 +254,22 @@ def test_ranges_that_the_output_feels_beat_those_of_the_squared_error():
         qm = quantize(net, x[:64], a_bits=5, w_bits=None, ranges=ranges, progress=False)
         with torch.no_grad(): db[ranges] = sqnr_db(net(x[64:]), qm(x[64:]))
     assert db["output"] >= db["mse"]
+
+
+def test_the_shell_asks_files(tmp_path, capsys):
+    from mep.pipeline.cli import main
+    file(tmp_path / "bad.onnx", "Conv", full(4, 3, 3, 3))
+    file(tmp_path / "good.onnx", "Conv", full(4, 3, 3, 3) // 2)
+    with pytest.raises(SystemExit) as e: main(["check", str(tmp_path / "bad.onnx"), str(tmp_path / "good.onnx")])
+    out = capsys.readouterr().out
+    assert e.value.code == 1 and "52 of 52 pairs" in out and "good.onnx: right on every processor" in out
+
+
+def test_transposed_convolutions_count_as_float_and_by_their_macs(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check = export_int8(quantize(net, torch.randn(16, 3, 16, 16), progress=False), tmp_path / "net.onnx")
+    convolutions = 8 * 8 * 8 * 27 + 16 * 16 * 6 * 3
+    transposed = 8 * 8 * 8 * 6 * 16
+    assert check.float_layers == 1 and check.integer_macs == pytest.approx(convolutions / (convolutions + transposed))

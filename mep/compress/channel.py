@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import lars_path_gram
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from ..cost import Profile, profile
 from ..data import Data, calibration
 from ..graph import lockstep, note_shapes, resolve, that_fit, trace, worst_sqnr_db
 from ..moments import Moments, Quadratic, image_batches, observe, outputs_at, patches, positions, rows
-from ..train import evaluating
+from ..train import evaluating, progress_bar
 
 # %% ../../nbs/compress/23_channel.ipynb #1a9492af
 class _Sets:
@@ -446,7 +445,7 @@ def reconstruct(
     names, norms, changed = _from_first(model, exact, into), _norms(exact), trace(full)
     few = _too_few(exact, names, into, sum(map(len, batches)), samples)
     _refuse(few, into)
-    for stop in tqdm(lockstep(exact, changed, batches, names), total=len(names), desc="layers", disable=not progress):
+    for stop in progress_bar(lockstep(exact, changed, batches, names), progress, total=len(names), desc="layers"):
         norm, stays = norms.get(stop.name), into.get(stop.name)
         pairs = _pairs(stop, norm and exact.get_submodule(norm), samples, seed)
         w, bias = _shifted(stop, pairs) if stop.name in few else _resolved(stop, pairs, stays)

@@ -28,7 +28,6 @@ import onnx
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from . import tensor
 from .channel import SELECT, Share, channel_groups, remove
@@ -40,7 +39,7 @@ from ..graph import is_plain, lockstep, note_shapes, resolve, swap, tensors, tha
 from ..moments import Moments, Quadratic, image_batches, observe, outputs_at, patches, positions, rows
 from ..plot import COLORS, style
 from ..store import Store, content_hash, load as load_artifact, save as save_artifact
-from ..train import agreement, evaluating, fit, logits
+from ..train import agreement, evaluating, fit, logits, progress_bar
 
 # %% ../../nbs/compress/24_select.ipynb #6c5f2129
 class Layer(NamedTuple):
@@ -112,7 +111,7 @@ def sensitivity(
     hooks = [net.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: outs.__setitem__(name, (m, out))) for name in names]
     try:
         with evaluating(net), torch.enable_grad():
-            for x in tqdm(batches, desc="sensitivity", disable=not progress):
+            for x in progress_bar(batches, progress, desc="sensitivity"):
                 z, n = _answers_of(net(x.clone().requires_grad_(True))), n + len(x)
                 weights = _weights(z)
                 for k in range(probes):
@@ -613,7 +612,7 @@ def realize(
     there = dict(exact.named_modules()) # without the batch norms that were folded into other layers
     changed = remove(exact, {replace(g, followers={n: t for n, t in g.followers.items() if n in there}): keep for g, keep in groups.items()})
     new, errors, batches = apply_plan(model, plan).eval(), {}, that_fit(note_shapes(exact, batches[0][:2]), batches)
-    for stop in tqdm(lockstep(exact, changed, batches, found), total=len(found), desc="fit", disable=not progress):
+    for stop in progress_bar(lockstep(exact, changed, batches, found), progress, total=len(found), desc="fit"):
         name, choice, stays = stop.name, plan.layers.get(stop.name), masks.get(stop.name)
         f, g = _moments_of(stop, stays, samples, seed), gs.get(name)
         if g is not None and stays is not None: g = g[stays][:, stays]
@@ -703,7 +702,7 @@ class _Job:
         "What independent pieces of work return, JSON-able: from the checkpoint, or through joblib, and kept as soon as it is there"
         todo = {name: piece for name, piece in work.items() if not self.store or f"{self.key}/{name}" not in self.store}
         results = joblib.Parallel(self.n_jobs, return_as="generator", max_nbytes=None)(joblib.delayed(_quietly)(*piece) for piece in todo.values())
-        bar = tqdm(zip(todo, results), desc=desc, total=len(todo), disable=not self.progress or not todo)
+        bar = progress_bar(zip(todo, results), self.progress and bool(todo), desc=desc, total=len(todo))
         fresh = {name: self.cached(name, lambda: result) for name, result in bar}
         return {name: fresh[name] if name in fresh else self.cached(name, None) for name in work}
 
@@ -960,7 +959,7 @@ def _by_greedy(job):
     layers = {n: l for n, l in folded(job.model, job.batches[0][:2])[1].items() if n not in job.skip}
     modules, price, scores, costs, ranks = dict(job.model.named_modules()), MacsCost(), {}, {}, {}
     evaluate = job.evaluate or _like(job)
-    for n, l in tqdm(layers.items(), desc="greedy", disable=not job.progress):
+    for n, l in progress_bar(layers.items(), job.progress, desc="greedy"):
         method = next((m for m in job.cutters if not METHODS[m].why_not(modules[n])), None)
         if method is None: continue
         whole = price(l.op, l, [])[0]

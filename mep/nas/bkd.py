@@ -22,13 +22,12 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from matplotlib.axes import Axes
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data import Data
 from .space import ORIGINAL, Arch, Option, SearchSpace, assemble, module_hash
 from ..plot import style
 from ..store import Artifact, MissingError, Store, StoreError, claim, content_hash, discard
-from ..train import NanError, _seeded, cosine, evaluating
+from ..train import _seeded, cosine, evaluating, NanError, progress_bar
 
 # %% ../../nbs/nas/12_bkd.ipynb #b1e6cd80
 def _edge_bytes(space, n): return [2 * n * c * h * w for c, h, w in space.shapes[1:]] # after the stem, after each block
@@ -281,7 +280,7 @@ def _train_missing(library, images, recipe, n_jobs, cache_bytes, device, progres
     else: store.put("library", meta=dict(identity=library.identity, recipe=recipe))
     discard(store.root / "maps") # of a run that was killed when all blocks were there
     if not todo: return
-    with tqdm(total=len(todo), desc="blocks", disable=not progress) as bar:
+    with progress_bar(None, progress, total=len(todo), desc="blocks") as bar:
         for places in _groups(library.space, sorted({i for i, _ in todo}), sum(recipe["images"]), cache_bytes):
             jobs = [j for j in todo if j[0] in places]
             with _mapped(library, images, places) as (paths, variance): _run_jobs(library, jobs, paths, variance, recipe, n_jobs, device, bar)

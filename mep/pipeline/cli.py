@@ -155,6 +155,28 @@ def _latency(a):
     width = max(map(len, found))
     for k, t in found.items(): print(f"{k:{width}}  {t}")
 
+# %% ../../nbs/pipeline/92_cli.ipynb #a3d37694
+def _check(a):
+    "Tell on which processors the integers of an ONNX file are right, whoever wrote it."
+    from mep.quant.export import overflows
+    found = {f: overflows(f) for f in a.files}
+    if a.json: print(json.dumps({f: [o._asdict() for o in layers] for f, layers in found.items()}))
+    else:
+        for f, layers in found.items(): _print_overflows(f, layers)
+    if any(found.values()): sys.exit(1)
+
+def _print_overflows(file, layers):
+    if not layers:
+        print(f"{file}: right on every processor: x86 with and without VNNI, ARM")
+        return
+    print(f"{file}: on x86 processors without VNNI, sums overflow in {len(layers)} layers. Bright inputs give wrong results there.")
+    for o in layers: print(f"  {o.name:32} {o.op:14} {o.offending:,} of {o.pairs:,} pairs of weights, the worst adds up to {o.worst}")
+    print("  Quantize the network with mep, or open the file with the session option session.x64quantprecision=1: exact, and slower.")
+
+def _check_options(p):
+    p.add_argument("files", nargs="+", metavar="FILE.onnx", help="files to ask; the exit status is 1 if one overflows")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
 # %% ../../nbs/pipeline/92_cli.ipynb #d3155fcd
 def _report(a):
     "Write report.html of a finished run again, and print the table."
@@ -269,7 +291,7 @@ def _report_options(p):
 
 # %% ../../nbs/pipeline/92_cli.ipynb #bcffc135
 COMMANDS = dict(run=(_run, _run_options), quantize=(_quantize, _quantize_options), compress=(_compress, _compress_options), search=(_search, _search_options), profile=(_profile, _profile_options), latency=(_latency, _latency_options),
-                report=(_report, _report_options), data=(_data, None), version=(_version, None))
+                check=(_check, _check_options), report=(_report, _report_options), data=(_data, None), version=(_version, None))
 
 # %% ../../nbs/pipeline/92_cli.ipynb #439a27a2
 def parser(chosen:str=None, # The command whose options are wanted

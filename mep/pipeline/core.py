@@ -6,8 +6,8 @@
 __all__ = ['STAGES', 'Net', 'State', 'open_data', 'load_data', 'build_network', 'code_identity', 'load_weights', 'fill',
            'restore_network', 'outputs_of', 'find_classes', 'relabel', 'is_numbered', 'count_outputs', 'reference',
            'search', 'check_reach', 'search_note', 'compress', 'compression_notes', 'quantize_by', 'quantization_notes',
-           'cost_facts', 'integer_share', 'quantize', 'row_name', 'how', 'export', 'check_facts', 'measure_files',
-           'measure', 'early_exit', 'choose_stages', 'run', 'writable_folder']
+           'cost_facts', 'quantize', 'row_name', 'how', 'export', 'check_facts', 'measure_files', 'measure',
+           'early_exit', 'choose_stages', 'run', 'writable_folder']
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #aa1449d2
 import copy
@@ -53,9 +53,9 @@ from .report import Report, accuracy_se, change, write
 from ..quant.adaround import adaround
 from ..quant.dfq import dfq, prepare
 from ..quant.export import Check, export_int8
-from ..quant.sim import QuantModel, load_quantized, quantize as quantize_model, save_quantized, sensitivity
+from ..quant.sim import QuantModel, integer_share, load_quantized, quantize as quantize_model, save_quantized, sensitivity
 from ..store import Artifact, Store, check_writable, claim, clean, content_hash, discard, write_atomic
-from ..train import accuracy, agreement, evaluating, fit, logits, reference as reference_network, sqnr_db
+from ..train import accuracy, agreement, evaluating, fit, logits, progress_bar, reference as reference_network, sqnr_db
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #59db5704
 class Net:
@@ -537,17 +537,8 @@ def cost_facts(net:nn.Module, # Float network
     left = {l.name for l in p.layers} & set(q.report.floats) if q is not None else ()
     w_bits, a_bits = (q.settings["w_bits"], q.settings["a_bits"]) if q is not None else (32, 32)
     bits = lambda b: {"*": b} | dict.fromkeys(left, 32)
-    share = {} if q is None else dict(integer_macs=integer_share(p, q))
+    share = {} if q is None else dict(integer_macs=integer_share(q, p))
     return dict(w_bits=w_bits, a_bits=a_bits, params=p.params, macs=p.macs, bops=p.bops(bits(w_bits), bits(a_bits))) | share
-
-# %% ../../nbs/pipeline/90_pipeline.ipynb #f3b71858
-def integer_share(costs:Profile, # Of the float network
-    q:QuantModel, # The same, quantized
-) -> float: # In [0, 1]
-    "The share of the MACs that is computed on integers. What has no kernel for integers runs in float, however few layers that are."
-    whole = {name for name, layer in q.layers().items() if layer.on} - set(q.report.floats)
-    macs = sum(layer.macs for layer in costs.layers if layer.name in whole)
-    return macs / costs.macs if costs.macs else 0.
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #bed07a93
 def quantize(state:State, # The run
@@ -768,7 +759,7 @@ def run(config:Config|dict=None, # What to do; None: the demo
     choose_stages(redo)
     _check_names(config)
     state = State(config, writable_folder(config.out), progress, redo)
-    with _at_work(state, force), tqdm(stages, unit="stage", disable=not progress) as bar:
+    with _at_work(state, force), progress_bar(stages, progress, unit="stage") as bar:
         for stage in bar:
             bar.set_description(stage.__name__)
             stage(state, **state.enter(stage))

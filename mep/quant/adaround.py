@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..graph import lockstep, that_fit, worst_sqnr_db
 from ..moments import Moments, Quadratic, image_batches, outer, outputs_at, patches, positions, rows
 from .grid import Grid, bound_pairs, neighbours, quantize as to_integers
 from .sim import QuantLayer, QuantModel, _device, _float_logits, _logits, quantize
 from ..store import Store, content_hash
+from ..train import progress_bar
 
 # %% ../../nbs/quant/33_adaround.ipynb #36dc63cc
 def _slide(v): return (1.2 * torch.sigmoid(v) - .1).clamp(0, 1) # h(V)
@@ -295,7 +295,7 @@ def _put(layer, found):
 def _solve_layers(qm, batches, store, options, progress):
     exact = copy.deepcopy(qm).set_enabled(weights=False, activations=False)
     names = [n for n, layer in qm.layers().items() if layer.on]
-    stops = tqdm(lockstep(exact.net, qm.net, batches, names), total=len(names), desc="layers", disable=not progress)
+    stops = progress_bar(lockstep(exact.net, qm.net, batches, names), progress, total=len(names), desc="layers")
     for stop in stops:
         stops.set_postfix_str(stop.name)
         key = f"{options['key']}/{stop.name}"
@@ -357,9 +357,18 @@ def _hold_out(batches):
     return [b for b in fitted if len(b)], torch.cat(held)[:64]
 
 def _judged(qm, nearest, x):
-    "The rounded network, or the nearest where that keeps the outputs better on images that neither was fitted to"
+    "The rounded network; or the nearest where, beyond what chance explains, that keeps the outputs better on images that neither was fitted to"
     want = _float_logits(nearest, x, 1e9)
-    rounded, plain = (worst_sqnr_db(want, _logits(q, x, 1e9)) for q in (qm, nearest))
-    if rounded >= plain: return qm
-    warnings.warn(f"rounding to nearest is returned: on {len(x)} images held out it keeps {plain:.1f} dB of the outputs, adaround {rounded:.1f} dB. More calibration images help", stacklevel=3)
+    rounded, plain = (_logits(q, x, 1e9) for q in (qm, nearest))
+    if not _worse(want, rounded, plain): return qm
+    db = [worst_sqnr_db(want, out) for out in (plain, rounded)]
+    warnings.warn(f"rounding to nearest is returned: on {len(x)} images held out it keeps {db[0]:.1f} dB of the outputs, adaround {db[1]:.1f} dB. More calibration images help", stacklevel=3)
     return nearest
+
+def _worse(want, rounded, plain):
+    "Whether the squared errors of the images are larger in the mean, by more than its standard error"
+    gained = torch.zeros(len(want[0]), device=want[0].device)
+    for w, r, p in zip(want, rounded, plain):
+        errors = (r - w).square() - (p - w).square()
+        gained += errors.reshape(len(w), -1).sum(1) / w.square().sum().clamp(min=1e-12)
+    return bool(gained.mean() > gained.std() / len(gained) ** .5)

@@ -24,7 +24,7 @@ from ..cost import Profile, Table, profile
 from ..graph import note_shapes, tensors
 from ..moments import image_batches
 from .grid import Grid, bound_pairs, fake_quant, make_grid, mse_range
-from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _calibrate, _check, _device, _module, _same, _some_images, _structure, _what
+from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _calibrate, _check, _device, _module, _same, _some_images, _structure, _what, float_costs
 from ..train import fit
 
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #7b2771c0
@@ -216,18 +216,9 @@ def _heads(qm):
     return heads
 
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #55f73748
-def _profile(qm)->Profile:
-    "Cost of the network in float, its layers named as in the network"
-    qm = copy.deepcopy(qm)
-    for m in qm.modules():
-        if isinstance(m, (QuantLayer, Quantizer)): m.enabled = False
-    p = profile(qm.net, tuple(qm.settings["input_shape"]))
-    for l in p.layers: l.name = l.name.removesuffix(".op")
-    return p
-
 def _price(net, skeleton, mu):
     "Set the price of every gated quantizer"
-    layers, macs = skeleton.layers(), {l.name: l.macs for l in _profile(skeleton).layers}
+    layers, macs = skeleton.layers(), {l.name: l.macs for l in float_costs(skeleton).layers}
     dearest = max(macs.values())
     readers = {}
     for name, layer in layers.items(): readers[id(layer.source)] = readers.get(id(layer.source), 0) + macs[name]
@@ -461,7 +452,7 @@ def bops(
 )->float: # For one image
     "Bit operations of a network with mixed widths and pruned channels, by `mep.cost`."
     rows = widths(qmodel)
-    return _profile(qmodel).bops({"*": 32} | {w.name: w.w_bits * w.macs_left for w in rows}, {"*": 32} | {w.name: w.a_bits for w in rows})
+    return float_costs(qmodel).bops({"*": 32} | {w.name: w.w_bits * w.macs_left for w in rows}, {"*": 32} | {w.name: w.a_bits for w in rows})
 
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #cdaef949
 def _width(name, m, reads, writes):

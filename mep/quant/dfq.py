@@ -16,14 +16,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from ..moments import image_batches
 from .grid import dequantize
 from .sim import (_ADD, _NORMAL, _NOTHING, Clip, OnGrid, QuantAdd, QuantLayer, QuantModel, Quantizer, _arguments, _bypass, _call, _device, _finish,
                            _mean, _module, _swap, _trace, _what, fold_bn, quantize)
 from ..graph import tensors, worst_sqnr_db
-from ..train import evaluating
+from ..train import evaluating, progress_bar
 
 # %% ../../nbs/quant/32_dfq.ipynb #616f1e22
 def prepare(
@@ -434,7 +433,7 @@ def bn_images(
     x = torch.randn(n, *input_shape, generator=torch.Generator().manual_seed(seed)).to(layers[0].weight.device).requires_grad_()
     optimizer, errors = torch.optim.Adam([x], lr=lr), []
     hooks = [m.register_forward_hook(lambda m, _, y: errors.append(_mismatch_of(m, y))) for m in layers]
-    for _ in tqdm(range(steps), desc="images", disable=not progress):
+    for _ in progress_bar(range(steps), progress, desc="images"):
         errors.clear(); net(x)
         optimizer.zero_grad(); sum(errors).backward(); optimizer.step()
     for h in hooks: h.remove()

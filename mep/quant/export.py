@@ -30,8 +30,8 @@ from ..deploy import ExportError, file_size, has_vnni, optimized_ops, read_proto
 from ..graph import note_shapes, worst_sqnr_db
 from ..moments import output_size, patches, rows
 from .grid import PAIR_LIMIT, neighbours, pair_sums
-from .sim import Clip, QuantAdd, QuantLayer, QuantModel, QuantMul, Quantizer, _arguments, _inputs, _logits, _module, _what
-from ..store import write_atomic
+from .sim import Clip, QuantAdd, QuantLayer, QuantModel, QuantMul, Quantizer, _arguments, _inputs, _logits, _module, _what, integer_share
+from ..store import draft
 from ..train import sqnr_db
 
 # %% ../../nbs/quant/35_export.ipynb #08fd9b7f
@@ -350,6 +350,7 @@ class Check:
     "What `export_int8` measured"
     sqnr_db:float # Of the file's output against the simulation's; inf if every bit agrees
     max_abs:float # Largest difference of an output
+    integer_macs:float # Share of the multiplications that runs on integers, in [0, 1]
     integer_layers:int # Convolutions and linear layers that run on integers
     float_layers:int # Convolutions and linear layers that run in float
     ops:Counter # Operators that onnxruntime runs, by type
@@ -363,7 +364,7 @@ class Check:
         agree = "every bit agrees" if self.sqnr_db == float("inf") else f"{self.sqnr_db:.1f} dB, at most {self.max_abs:.2g} off"
         where = f"; WRONG on x86 without VNNI: {self.overflows} pairs of weights overflow" if self.overflows else ", on x86 with and without VNNI and on ARM"
         lost = "" if self.float_db is None else f"; {self.float_db:.1f} dB of float's outputs kept"
-        return (f"simulation and file: {agree} ({self.images} images){where}{lost}; {self.integer_layers} layers on integers, {self.float_layers} in float; "
+        return (f"simulation and file: {agree} ({self.images} images){where}{lost}; {self.integer_macs:.0%} of the MACs, {self.integer_layers} layers on integers, {self.float_layers} in float; "
                 f"{self.bytes / 1000:,.0f} kB, {self.bytes / self.float_bytes:.2f} of float's")
 
 class MismatchError(ExportError):
@@ -386,11 +387,9 @@ def export_int8(
     x, qm = x.detach().cpu(), copy.deepcopy(qmodel).cpu().eval()
     proto, places = _proto(qm, torch.cat([x, x])[:2], int4, meta or {})
     path = _writable(path)
-    draft = path.with_name(f".{path.name}.unchecked")
-    write_atomic(draft, proto.SerializeToString())
-    try: check = _compare(qm, draft, proto, places, x, min_sqnr_db)
-    except BaseException: draft.unlink(); raise
-    os.replace(draft, path)
+    with draft(path) as temp: # two exports to one path don't meet
+        Path(temp).write_bytes(proto.SerializeToString())
+        check = _compare(qm, temp, proto, places, x, min_sqnr_db)
     return check
 
 # %% ../../nbs/quant/35_export.ipynb #ff498b7d
@@ -410,7 +409,7 @@ def _writable(path):
     return path
 
 _INTEGER = "QLinearConv QGemm QLinearMatMul ConvInteger MatMulInteger MatMulIntegerToFloat".split()
-_FLOAT = "Conv FusedConv NhwcFusedConv Gemm FusedGemm MatMul FusedMatMul".split()
+_FLOAT = "Conv FusedConv NhwcFusedConv ConvTranspose Gemm FusedGemm MatMul FusedMatMul".split()
 
 def _compare(qm, path, proto, places, x, bound):
     want = _logits(qm, x, 1e9)
@@ -421,7 +420,7 @@ def _compare(qm, path, proto, places, x, bound):
     worst = max((a - b).abs().max().item() for a, b in zip(want, outputs))
     known = qm.check_float is not None and qm.check_batch is not None and torch.equal(x, qm.check_batch)
     ops = optimized_ops(path)
-    return Check(db, worst, sum(ops[o] for o in _INTEGER), sum(ops[o] for o in _FLOAT), ops, file_size(path), 4 * sum(p.numel() for p in qm.parameters()),
+    return Check(db, worst, integer_share(qm), sum(ops[o] for o in _INTEGER), sum(ops[o] for o in _FLOAT), ops, file_size(path), 4 * sum(p.numel() for p in qm.parameters()),
                  images=len(x), overflows=sum(o.offending for o in found), float_db=worst_sqnr_db(qm.check_float, want) if known else None)
 
 def _flat(out):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIPPED', 'LOOKED_AT', 'LOST_DB', 'Clip', 'OnGrid', 'Quantizer', 'OnWeightGrid', 'QuantLayer', 'QuantAdd', 'QuantMul',
-           'fold_bn', 'Placed', 'Report', 'QuantModel', 'quantize', 'LayerSqnr', 'sensitivity', 'save_quantized',
-           'load_quantized']
+           'fold_bn', 'Placed', 'Report', 'QuantModel', 'float_costs', 'integer_share', 'quantize', 'LayerSqnr',
+           'sensitivity', 'save_quantized', 'load_quantized']
 
 # %% ../../nbs/quant/31_sim.ipynb #f5a7c13f
 import copy
@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from .grid import RANGES, Grid, bounded_grid, dequantize, fake_quant, fit_grid, make_grid, pair_sums, quantize as to_integers
+from ..cost import Profile, profile
 from ..graph import TraceError, add_module, note_shapes, resolve, tensors, trace, worst_sqnr_db
 from ..moments import image_batches
 from ..store import load as load_tensors, save as save_tensors
-from ..train import evaluating
+from ..train import evaluating, progress_bar
 
 # %% ../../nbs/quant/31_sim.ipynb #65a5f13e
 class Clip(nn.Module):
@@ -593,6 +593,28 @@ def _matching(pattern, names):
     near = difflib.get_close_matches(pattern, names, n=3)
     raise ValueError(f"no layer is called {pattern!r}. {'Similar are ' if near else 'There are '}{', '.join(near or list(names)[:8])}")
 
+# %% ../../nbs/quant/31_sim.ipynb #16760494
+def float_costs(
+    qmodel:QuantModel, # Quantized network; not changed
+)->Profile: # Its layers named as in the network
+    "What the network costs in float: MACs, parameters, memory."
+    qm = copy.deepcopy(qmodel)
+    for m in qm.modules():
+        if isinstance(m, OnGrid): m.enabled = False
+    costs = profile(qm.net, tuple(qm.settings["input_shape"]))
+    for layer in costs.layers: layer.name = layer.name.removesuffix(".op")
+    return costs
+
+def integer_share(
+    qmodel:QuantModel, # Quantized network
+    costs:Profile|None=None, # Of the float network; None: `float_costs`
+)->float: # In [0, 1]
+    "The share of the MACs that is computed on integers."
+    costs = costs or float_costs(qmodel)
+    whole = {name for name, m in qmodel.layers().items() if m.on and m.source is not None and m.source.on}
+    macs = sum(layer.macs for layer in costs.layers if layer.name in whole)
+    return macs / costs.macs if costs.macs else 0.
+
 # %% ../../nbs/quant/31_sim.ipynb #5047b89c
 def quantize(
     model:nn.Module, # Any network that torch.fx can trace; not changed
@@ -716,7 +738,7 @@ def _calibrate(qm, batches, ranges, device, progress, memory=1e9):
     for name, q in quantizers.items(): q.observer = _Observer(name, len(parts))
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for x in tqdm(parts, desc="ranges", disable=not progress):
+        for x in progress_bar(parts, progress, desc="ranges"):
             if ranges == "output": _feel(qm, x.to(device), random)
             else: qm(x.to(device))
     qm.felt = {n: q.observer for n, q in quantizers.items()}
@@ -727,8 +749,7 @@ def _set_ranges(qm, ranges):
     for name, q in quantizers.items():
         q.observer = None
         q.grid = qm.felt[name].grid(q.n_bits, ranges)
-    for node in qm.net.graph.nodes:
-        if _module(qm.net, node.args[0] if node.args else None, nn.Sigmoid): _avoid_ties(_module(qm.net, node), _source(qm.net, node.args[0]))
+    _avoid_all_ties(qm.net)
 
 def _spread(batches, n):
     "About `n` images, at even distances"
@@ -797,14 +818,33 @@ def _source(net, node):
     while not (isinstance(m := _module(net, node), Quantizer) or hasattr(m, "out")): node = node.args[0]
     return m if isinstance(m, Quantizer) else m.out
 
-def _avoid_ties(q, source):
-    "Widen a sigmoid's grid until none of its 256 results lies so near the middle of two integers that another sigmoid, right to 6 digits, would round the other way"
-    if not (isinstance(q, Quantizer) and q.on and source.on): return
-    x = dequantize(torch.arange(source.grid.qmin, source.grid.qmax + 1).to(source.scale), source.grid).double().sigmoid()
-    near = lambda: ((x / q.scale.double()) % 1 - .5).abs().min()
-    for _ in range(20):
-        if near() > 2e-4: break
-        q.grid = replace(q.grid, scale=q.scale * 1.0005)
+def _avoid_ties(q, results, margin):
+    "Widen a grid until none of an operator's possible `results` lies so near the middle of two integers that another processor would round it the other way"
+    best, farthest = q.scale, -1.
+    for k in range(200):
+        scale = q.scale * (1 + 3e-4 * k)
+        steps = results / scale.double() + q.zero_point
+        inside = steps[(steps > q.grid.qmin - 1) & (steps < q.grid.qmax + 1)]
+        far = ((inside % 1) - .5).abs().min().item() if len(inside) else 1.
+        if far > farthest: best, farthest = scale, far
+        if far > margin: break
+    q.grid = replace(q.grid, scale=best)
+
+def _all_numbers(q):
+    "Every number on a quantizer's grid that its activation function lets through, in double precision"
+    lo, hi = (int(o.min()) if i == 0 else int(o.max()) for i, o in enumerate(q.limits()))
+    return dequantize(torch.arange(lo, hi + 1).to(q.scale), q.grid).double()
+
+def _avoid_all_ties(net):
+    "Sigmoids, sums and products round alike everywhere if no result is near a tie: 6 digits of a sigmoid, or the roundings inside a sum, make the difference"
+    for node in net.graph.nodes:
+        m = _module(net, node)
+        if isinstance(m, Quantizer) and m.on and _module(net, node.args[0], nn.Sigmoid):
+            source = _source(net, node.args[0])
+            if source.on: _avoid_ties(m, _all_numbers(source).sigmoid(), 2e-4)
+        if isinstance(m, _Pair) and m.out.on and all(s is not None and s.on for s in m._sources):
+            a, b = (_all_numbers(s) for s in m._sources)
+            _avoid_ties(m.out, m.plain(a[:, None], b[None]).flatten(), 4e-5)
 
 def _fit_weight(layer, method, per_channel, cpu="any"):
     if not layer.n_bits: return
@@ -852,7 +892,7 @@ def sensitivity(
         if name: qm.set_enabled(name, **on)
         with torch.no_grad(): return qm(x.to(_device(qm)))
     exact, rows = output(), []
-    for name in tqdm(list(dict.fromkeys([*quantizers, *layers])), desc="layers", disable=not progress):
+    for name in progress_bar(list(dict.fromkeys([*quantizers, *layers])), progress, desc="layers"):
         w, a = (worst_sqnr_db(exact, output(name, **{kind: True})) if name in where else None for kind, where in (("weights", layers), ("activations", quantizers)))
         both = worst_sqnr_db(exact, output(name, weights=True, activations=True)) if name in layers and name in quantizers else a if w is None else w
         rows.append(LayerSqnr(name, both, w, a))
