@@ -2279,4 +2279,5 @@ d = { 'settings': { 'branch': 'main',
                            'mep.train.small_resnet': ('train.html#small_resnet', 'mep/train.py'),
                            'mep.train.soft_targets': ('train.html#soft_targets', 'mep/train.py'),
                            'mep.train.sqnr_db': ('train.html#sqnr_db', 'mep/train.py'),
-                           'mep.train.tap': ('train.html#tap', 'mep/train.py')}}}
+                           'mep.train.tap': ('train.html#tap', 'mep/train.py'),
+                           'mep.train.undisturbed': ('train.html#undisturbed', 'mep/train.py')}}}

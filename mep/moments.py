@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .graph import forward_of
-from .train import evaluating, progress_bar
+from .train import evaluating, progress_bar, undisturbed
 
 # %% ../nbs/07_moments.ipynb #a9b3579f
 class Quadratic(NamedTuple):
@@ -114,7 +114,7 @@ def image_batches(
     images:Tensor|Iterable, # Images [N, C, H, W], or batches of them: alone, as (x, y), or as a dict such as {"pixel_values": x, "labels": y}
 )->list:
     "Batches of images, checked. Raises ValueError if there are none, if they are integers, differ in size, or hold NaN, and for a dict without images."
-    batches = list(images.split(32)) if isinstance(images, Tensor) else [_images_of(b) for b in images]
+    batches = list(images.split(32)) if isinstance(images, Tensor) else [_images_of(b) for b in undisturbed(images)]
     batches = [b for b in batches if len(b)]
     if not batches: raise ValueError("the calibration set is empty: give at least one image, better some hundred")
     for i, b in enumerate(batches):

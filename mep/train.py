@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFERENCES', 'OPTIMIZERS', 'BasicBlock', 'SqueezeExcite', 'InvertedResidual', 'small_resnet', 'small_mobilenet',
-           'reference', 'evaluating', 'logits', 'accuracy', 'agreement', 'sqnr_db', 'cosine', 'Ema', 'soft_targets',
-           'tap', 'feature_loss', 'make_optimizer', 'NanError', 'first_nonfinite', 'progress_bar', 'Fit', 'fit',
-           'recalibrate_bn']
+           'reference', 'evaluating', 'undisturbed', 'logits', 'accuracy', 'agreement', 'sqnr_db', 'cosine', 'Ema',
+           'soft_targets', 'tap', 'feature_loss', 'make_optimizer', 'NanError', 'first_nonfinite', 'progress_bar',
+           'Fit', 'fit', 'recalibrate_bn']
 
 # %% ../nbs/01_train.ipynb #e3085723
 import copy
@@ -180,7 +180,15 @@ def _is_norm(m): return isinstance(m, nn.modules.batchnorm._BatchNorm)
 def _batches(data, size=256):
     "Pairs (x, y) of a loader, a list of batches, or one tensor of images (then y is None)."
     if isinstance(data, Tensor): return [(x, None) for x in data.split(size)]
-    return ((b[0], b[1]) if isinstance(b, (tuple, list)) else (b, None) for b in data)
+    return ((b[0], b[1]) if isinstance(b, (tuple, list)) else (b, None) for b in undisturbed(data))
+
+def undisturbed(
+    loader:Iterable, # Any iterable of batches
+): # Yields the same
+    "The batches of a loader. Afterwards torch's global random state, from which a loader draws the seed of its order, is as it was."
+    state = torch.get_rng_state()
+    try: yield from loader
+    finally: torch.set_rng_state(state)
 
 # %% ../nbs/01_train.ipynb #4d43600a
 @torch.no_grad()

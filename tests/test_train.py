@@ -399,3 +399,17 @@ def test_no_bar_where_none_is_wanted(capsys):
     assert capsys.readouterr().err == ""
     fit(net(), toy(), **quick | dict(progress=True))
     assert "fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("look", ["accuracy", "logits", "image_batches", "quantize"])
+def test_looking_leaves_the_global_random_numbers_alone(look):
+    from mep.moments import image_batches
+    from mep.quant import quantize
+    from mep.train import logits
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(20, 1, 8, 8), torch.zeros(20).long()), batch_size=5, shuffle=True)
+    torch.manual_seed(1)
+    want = torch.rand(3)
+    torch.manual_seed(1)
+    dict(accuracy=lambda: accuracy(model, loader), logits=lambda: logits(model, loader), image_batches=lambda: image_batches(loader), quantize=lambda: quantize(model, loader, progress=False))[look]()
+    assert torch.equal(torch.rand(3), want)

@@ -33,7 +33,7 @@ from ..cost import profile
 from ..deploy import Latency, ModelFileError, Scenario, _no_gc, export_onnx, session
 from ..graph import TraceError, add_module, note_shapes, trace
 from ..store import load as load_artifact, save as save_artifact, write_atomic
-from ..train import Fit, _check_labels, evaluating, fit, soft_targets
+from ..train import Fit, _check_labels, evaluating, fit, soft_targets, undisturbed
 
 # %% ../../nbs/conditional/40_early_exit.ipynb #5e3dec46
 def confidence(
@@ -339,7 +339,7 @@ def exit_logits(
     "What every exit says about every sample. Raises ValueError for an empty loader."
     device, outs, ys = _device(net) if isinstance(net, nn.Module) else "cpu", [], []
     with evaluating(net):
-        for x, y in loader:
+        for x, y in undisturbed(loader):
             outs.append(torch.stack([o.float().cpu() for o in net(x.to(device))]))
             ys.append(y)
     if not outs: raise ValueError("the loader gave no batch: there is nothing to measure the exits on")
@@ -567,7 +567,7 @@ def evaluate(
 ) -> Outcome:
     "Run a set with early stops: accuracy, mean cost in MACs, and where the samples left. Raises ValueError for an empty loader."
     device, right, exits = _device(net) if isinstance(net, nn.Module) else "cpu", [], []
-    for x, y in loader:
+    for x, y in undisturbed(loader):
         logits, exit = net.predict(x.to(device), thresholds)
         right.append(torch.as_tensor(logits).argmax(1).cpu() == y)
         exits.append(torch.as_tensor(exit).cpu())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..deploy import export_onnx, read_meta, session
-from ..train import Fit, evaluating, fit
+from ..train import Fit, evaluating, fit, undisturbed
 
 # %% ../../nbs/conditional/43_frame_exit.ipynb #b918b577
 def frame_order(
@@ -202,7 +202,7 @@ def watch(
     "Features and logits of every exit, for all clips of a loader. Raises ValueError for an empty loader."
     at, parts = model.classifiers[0].weight.device, []
     with evaluating(model):
-        for x, y in loader:
+        for x, y in undisturbed(loader):
             z = model.features(x.to(at))
             parts.append((z.cpu(), torch.stack(model.classify(z), 1).cpu(), y))
     if not parts: raise ValueError("the loader gave no clips")

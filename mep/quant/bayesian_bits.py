@@ -25,7 +25,7 @@ from ..graph import note_shapes, tensors
 from ..moments import image_batches
 from .grid import Grid, bound_pairs, fake_quant, make_grid, mse_range
 from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _calibrate, _check, _device, _module, _same, _some_images, _structure, _what, float_costs
-from ..train import fit
+from ..train import fit, undisturbed
 
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #7b2771c0
 WIDTHS = (2, 4, 8, 16, 32)
@@ -343,7 +343,7 @@ def _first(data, n=512):
     "The first training images, to start the ranges"
     train, images = _train_loader(data), []
     if isinstance(train, Tensor): raise TypeError("training needs labels: give batches (x, y), for a tensor of images and their labels [(x, y)]")
-    for batch in train:
+    for batch in undisturbed(train):
         images.append(batch[0])
         if sum(map(len, images)) >= n: break
     return image_batches(images)
