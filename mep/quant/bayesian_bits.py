@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..cost import Profile, Table, profile
 from ..graph import note_shapes, tensors
 from ..moments import image_batches
-from .grid import Grid, bound_pairs, fake_quant, make_grid, mse_range
+from .grid import Grid, bounded_grid, dequantize, fake_quant, make_grid, mse_range, quantize as to_integers
 from .sim import Clip, QuantAdd, QuantLayer, QuantModel, Quantizer, _calibrate, _check, _device, _module, _same, _some_images, _structure, _what, float_costs
 from ..train import fit, undisturbed
 
@@ -270,10 +270,19 @@ def _finish(net, skeleton):
         layer.weight.copy_(m.weight * keep.view(-1, *[1] * (m.weight.ndim - 1)))
         if layer.bias is not None: layer.bias.copy_(m.bias * keep)
         layer.n_bits = m.nested.n_bits
-        if layer.n_bits < 32: layer.set_grid(replace(_plain(m.nested.grid()), pair_limit=layer.pair_limit(layer.n_bits)))
+        if layer.n_bits < 32: _put_on(layer, _plain(m.nested.grid()), layer.weight)
     return qm.eval().requires_grad_(False)
 
 def _plain(grid): return grid and replace(grid, scale=grid.scale.detach().clone())
+
+def _put_on(layer, grid, w):
+    "The weight `w` on a learned grid; where pairs of 8 bits would overflow, on one with wider steps, with the learned range still cutting it off"
+    limit = layer.pair_limit(grid.n_bits)
+    if limit is not None:
+        w = fake_quant(w, replace(grid, pair_limit=None))
+        grid = bounded_grid(w, grid, limit)
+    layer.grid = grid
+    layer.set_weight_q(to_integers(w, grid))
 
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #b94a1ec0
 def bayesian_bits(
@@ -474,8 +483,10 @@ def _macs_left(m, out, into):
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #41d15d1c
 def compact(
     qmodel:QuantModel, # Of `bayesian_bits`; not changed
-)->QuantModel: # The same function, for `export_int8`
-    "The network without its dead channels and with 16 bits as float. It can't be saved by `save_quantized`: compact after loading."
+)->QuantModel: # The same function, for `export_int8`, but for 8-bit weights that become neighbours
+    """The network without its dead channels and with 16 bits as float. It can't be saved by `save_quantized`: compact after loading.
+
+    Where a cut puts two 8-bit weights side by side that x86 processors without VNNI can't add, their row gets wider steps."""
     qm = copy.deepcopy(qmodel)
     for m in qm.modules():
         if not isinstance(m, (QuantLayer, Quantizer)) or not m.on or m.grid.n_bits <= 8: continue
@@ -509,9 +520,9 @@ def _cut(m, out, into):
     setattr(op, "out_features" if isinstance(op, nn.Linear) else "out_channels", len(weight))
     op.weight = nn.Parameter(weight, requires_grad=False)
     m.weight_q = weight_q
-    if m.on and m.grid.pair_limit is not None and not into.all(): m.weight_q = bound_pairs(weight_q.float(), m.grid).to(weight_q) # other neighbours
     if op.bias is not None: op.bias = nn.Parameter(op.bias[out.to(op.bias.device)], requires_grad=False)
     if m.on and m.grid.axis == 0: m.grid = replace(m.grid, scale=m.scale[out.to(m.scale.device)], zero_point=m.zero_point[out.to(m.scale.device)])
+    if m.on and not into.all(): _put_on(m, m.grid, dequantize(weight_q, m.grid)) # weights have other neighbours now
 
 def _cut_clip(clip, out):
     for name in ("lo", "hi"):

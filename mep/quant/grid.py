@@ -306,7 +306,7 @@ def bounded_grid(
     "The grid with a limit for pairs, its steps as wide as is best for the weight's squared error."
     base = replace(grid, pair_limit=limit)
     best, least = base.scale, _row_errors(w, base)
-    if not (pair_sums(quantize(w, grid)).abs() > limit).any(): return base
+    if not (pair_sums(quantize(w, replace(grid, pair_limit=None))).abs() > limit).any(): return base
     for factor in torch.linspace(1, 2, 41)[1:].tolist():
         wider = replace(base, scale=base.scale * factor)
         error = _row_errors(w, wider)
