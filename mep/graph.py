@@ -303,7 +303,13 @@ _ASSIGNS = {getattr(operator, f"i{n}"): getattr(operator, n) for n in _SUMS}
 _ASSIGNS |= {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
 
 def _assigning(f): return lambda self, other: self.tracer.create_proxy("call_function", f, (self, other), {})
-for f in _ASSIGNS: setattr(_Standin, f"__{f.__name__}__", _assigning(f)) # torch.fx takes `y += 1` for `y = y + 1`
+
+def _assigns(cls):
+    "torch.fx takes `y += 1` for `y = y + 1`: here it is recorded as what it is"
+    for f in _ASSIGNS: setattr(cls, f"__{f.__name__}__", _assigning(f))
+    return cls
+
+_Standin = _assigns(_Standin)
 
 def _flag(node):
     "Where a function has inplace=True: its keyword, or its place"

@@ -325,8 +325,8 @@ def test_a_store_in_a_folder_that_nobody_claimed_is_not_discarded(tmp_path):
 def test_maps_that_a_killed_run_left_are_collected(small, tmp_path):
     data, space, teacher = small
     library = BlockLibrary(tmp_path, space, teacher).train(data, progress=False)
-    claim(tmp_path / "maps" / "learn", "edge0.npy")
     claim(tmp_path / "maps")
+    claim(tmp_path / "maps" / "learn", "edge0.npy")
     (tmp_path / "maps" / "learn" / "edge0.npy").write_bytes(b"half")
     library.train(data, progress=False)
     assert not (tmp_path / "maps").exists()
