@@ -2,7 +2,8 @@
 
     python benchmarks/faults.py
 
-Jobs are forked from one process, so that none waits for PyTorch to load. Needs a system with `fork`; some ten minutes on one idle core.
+Jobs are forked from one process, so that none waits for PyTorch to load: a process that has trained nothing yet, since autograd's
+threads do not survive a fork. Needs a system with `fork`; some ten minutes on one idle core.
 """
 import argparse
 import contextlib
@@ -267,25 +268,26 @@ def fuzzed(most=None, seed=0):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", default="search=8,adaround=8,compress=8,library=38,run=38", help="how often each job is killed")
-    p.add_argument("--damages", type=int, default=200)
+    p.add_argument("--damages", type=int, default=200, help="how many files are spoilt")
     p.add_argument("--options", type=int, help="at most so many values (default: all)")
+    p.add_argument("--out", type=Path, default=HERE / "results" / "faults.json", help="the file it writes")
     a = p.parse_args()
     torch.set_num_threads(1)
     kills = {name: int(n) for name, n in (word.split("=") for word in a.kills.split(","))}
     result = dict(what="jobs killed at random moments, files spoilt, options fuzzed", seed=0, mep=__version__, load_before=os.getloadavg(), kills=[])
     result["machine"] = machine()
-    result["fuzz"] = fuzzed(a.options)
-    _keep(result)
-    result["damages"] = damaged(a.damages)
-    _keep(result)
-    for name, n in kills.items():
+    for name, n in kills.items():  # before anything trains in this process
         result["kills"].append(killed(name, n))
-        _keep(result)
+        _keep(result, a.out)
+    result["fuzz"] = fuzzed(a.options)
+    _keep(result, a.out)
+    result["damages"] = damaged(a.damages) if a.damages else {}
+    _keep(result, a.out)
 
 
-def _keep(result):
+def _keep(result, path):
     "Write what is known so far"
-    (HERE / "results" / "faults.json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result)[-600:], flush=True)
 
 
