@@ -41,7 +41,8 @@ test-all: $(STAMP)  ## the same with all that is slow
 
 check: $(STAMP)  ## clean -> export changes nothing; outputs are of today's code and fit to publish; README is fresh; ruff
 	@$(BIN)/python tools/check.py
-	@$(BIN)/ruff check --quiet mep tests benchmarks tools setup.py && echo "ruff: ok"
+	@$(BIN)/ruff check --quiet nbs mep tests benchmarks tools setup.py
+	@$(BIN)/ruff format --check --quiet nbs tests benchmarks tools setup.py && echo "ruff: ok"
 
 docs: $(STAMP)  ## build the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Quarto is not installed. Get it from https://quarto.org/docs/get-started/ and run 'make docs' again; the chapters also render on GitHub and in 'make lab'."; exit 1; }

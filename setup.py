@@ -1,4 +1,5 @@
 """Packaging, read from settings.ini so that names, versions and requirements stand in one place."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -23,7 +24,10 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split("\n"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split("\n"),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+    },
     package_data={cfg["lib_path"]: ["py.typed"]},
     include_package_data=True,
     zip_safe=False,

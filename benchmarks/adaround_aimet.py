@@ -1,12 +1,17 @@
-"""AdaRound against AIMET's: one trained network, the same calibration images and bit widths, every method in a process of its own.
+"""AdaRound against AIMET's: one trained network, the same calibration images and bit widths,
+every method in a process of its own.
 
-    MEP_DATA=/path/to/data python benchmarks/adaround_aimet.py              # everything; about half an hour on 2 quiet cores
-    MEP_DATA=/path/to/data python benchmarks/adaround_aimet.py --only gram_w4 aimet_adaround_500 --repeats 3
+    MEP_DATA=/path/to/data python benchmarks/adaround_aimet.py              # everything;
+    about half an hour on 2 quiet cores
+    MEP_DATA=/path/to/data python benchmarks/adaround_aimet.py --only gram_w4
+    aimet_adaround_500 --repeats 3
 
-The network is a pretrained CIFAR-10 ResNet-20 (MEP_DATA/weights/resnet20_cifar10.safetensors, 91.73 % top-1). Weights have one symmetric scale per layer,
-activations 8 bits. AIMET gets its own virtual environment (--aimet-env, default runs/aimet), made on the first run with pinned versions.
-Prints one JSON line per method and run; writes benchmarks/results/adaround_resnet20.json.
-"""
+The network is a pretrained CIFAR-10 ResNet-20
+(MEP_DATA/weights/resnet20_cifar10.safetensors, 91.73 % top-1). Weights have one symmetric
+scale per layer, activations 8 bits. AIMET gets its own virtual environment (--aimet-env,
+default runs/aimet), made on the first run with pinned versions. Prints one JSON line per
+method and run; writes benchmarks/results/adaround_resnet20.json."""
+
 import argparse
 import json
 import os
@@ -49,6 +54,7 @@ def resnet20(weights):
     "The CIFAR ResNet-20, trained"
     from networks import ResNet20
     from safetensors.torch import load_file
+
     net = ResNet20()
     net.load_state_dict(load_file(weights))
     return net.eval()
@@ -60,9 +66,18 @@ def cifar10(root, train):
     import torch
 
     files = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
-    parts = [pickle.loads((root / "cifar-10-batches-py" / f).read_bytes(), encoding="latin1") for f in files]  # the data set's own format
-    x = torch.from_numpy(np.concatenate([p["data"] for p in parts]).reshape(-1, 3, 32, 32)).float() / 255
-    mean, std = torch.tensor([.485, .456, .406]).view(3, 1, 1), torch.tensor([.229, .224, .225]).view(3, 1, 1)
+    parts = [
+        pickle.loads((root / "cifar-10-batches-py" / f).read_bytes(), encoding="latin1")
+        for f in files
+    ]  # the data set's own format
+    x = (
+        torch.from_numpy(np.concatenate([p["data"] for p in parts]).reshape(-1, 3, 32, 32)).float()
+        / 255
+    )
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
+        torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1),
+    )
     return (x - mean) / std, torch.tensor([y for p in parts for y in p["labels"]])
 
 
@@ -71,7 +86,10 @@ def make_files(root, folder, n_calib, n_test):
     import torch
 
     x, _ = cifar10(root, train=True)
-    torch.save(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n_calib]].clone(), folder / "calib.pt")
+    torch.save(
+        x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n_calib]].clone(),
+        folder / "calib.pt",
+    )
     x, y = cifar10(root, train=False)
     torch.save((x[:n_test].clone(), y[:n_test].clone()), folder / "test.pt")
     net = resnet20(root / "weights" / "resnet20_cifar10.safetensors")
@@ -80,6 +98,7 @@ def make_files(root, folder, n_calib, n_test):
 
 def run(net, x):
     import torch
+
     with torch.no_grad():
         return torch.cat([net(b) for b in x.split(250)])
 
@@ -94,19 +113,54 @@ def by_aimet(net, calib, iterations, folder):
     from aimet_torch.quantsim import QuantizationSimModel
 
     config = folder / "per_tensor.json"
-    config.write_text(json.dumps(dict(defaults=dict(ops=dict(is_output_quantized="True"), params=dict(is_quantized="True", is_symmetric="True"),
-        strict_symmetric="False", per_channel_quantization="False"), params=dict(bias=dict(is_quantized="False")), op_type={},
-        supergroups=[dict(op_list=[a, "Relu"]) for a in ("Conv", "Add", "Gemm")], model_input=dict(is_input_quantized="True"), model_output={})))
-    for block in (*net.layer1, *net.layer2, *net.layer3): # it quantizes modules, and knows the sum as its own; a shortcut only moves numbers
+    config.write_text(
+        json.dumps(
+            dict(
+                defaults=dict(
+                    ops=dict(is_output_quantized="True"),
+                    params=dict(is_quantized="True", is_symmetric="True"),
+                    strict_symmetric="False",
+                    per_channel_quantization="False",
+                ),
+                params=dict(bias=dict(is_quantized="False")),
+                op_type={},
+                supergroups=[dict(op_list=[a, "Relu"]) for a in ("Conv", "Add", "Gemm")],
+                model_input=dict(is_input_quantized="True"),
+                model_output={},
+            )
+        )
+    )
+    for block in (
+        *net.layer1,
+        *net.layer2,
+        *net.layer3,
+    ):  # it quantizes modules, and knows the sum as its own; a shortcut only moves numbers
         block.add = Add()
-        if type(block.shortcut).__name__ == "Shortcut": QuantizationMixin.ignore(type(block.shortcut))
+        if type(block.shortcut).__name__ == "Shortcut":
+            QuantizationMixin.ignore(type(block.shortcut))
     fold_all_batch_norms(net, (1, 3, 32, 32), calib[:1])
     scheme, common = QuantScheme.post_training_tf_enhanced, dict(default_param_bw=4)
     if iterations:
         batches = list(calib.split(32))
-        params = AdaroundParameters(batches, len(batches), default_num_iterations=iterations, forward_fn=lambda model, x: model(x))
-        net = Adaround.apply_adaround(net, calib[:1], params, str(folder), "adaround", default_quant_scheme=scheme, default_config_file=str(config), **common)
-    sim = QuantizationSimModel(net, calib[:1], quant_scheme=scheme, default_output_bw=8, config_file=str(config), **common)
+        params = AdaroundParameters(
+            batches,
+            len(batches),
+            default_num_iterations=iterations,
+            forward_fn=lambda model, x: model(x),
+        )
+        net = Adaround.apply_adaround(
+            net,
+            calib[:1],
+            params,
+            str(folder),
+            "adaround",
+            default_quant_scheme=scheme,
+            default_config_file=str(config),
+            **common,
+        )
+    sim = QuantizationSimModel(
+        net, calib[:1], quant_scheme=scheme, default_output_bw=8, config_file=str(config), **common
+    )
     if iterations:
         sim.set_and_freeze_param_encodings(str(folder / "adaround.encodings"))
     sim.compute_encodings(lambda model, _: run(model, calib), None)
@@ -115,6 +169,7 @@ def by_aimet(net, calib, iterations, folder):
 
 def by_mep(net, calib, function, options):
     import mep.quant
+
     return getattr(mep.quant, function)(net, calib, progress=False, **options)
 
 
@@ -124,7 +179,11 @@ def rounding_table(net, calib, folder, draws, images):
 
     from mep.quant.sim import quantize
 
-    qm = quantize(net, calib, w_bits=4, a_bits=None, progress=False).set_enabled(weights=False).set_enabled("conv1", weights=True)
+    qm = (
+        quantize(net, calib, w_bits=4, a_bits=None, progress=False)
+        .set_enabled(weights=False)
+        .set_enabled("conv1", weights=True)
+    )
     layer, (x, y) = qm.layers()["conv1"], torch.load(folder / "test.pt")
     steps, random = (layer.weight / layer.scale).detach(), torch.Generator().manual_seed(0)
 
@@ -132,10 +191,23 @@ def rounding_table(net, calib, folder, draws, images):
         layer.set_weight_q(q.clamp(layer.grid.qmin, layer.grid.qmax))
         return (run(qm, x[:images]).argmax(1) == y[:images]).float().mean().item()
 
-    table = dict(float=(run(net, x[:images]).argmax(1) == y[:images]).float().mean().item(), nearest=top1(steps.round()), floor=top1(steps.floor()), ceil=top1(steps.ceil()))
-    random_ones = [top1((steps + torch.rand(steps.shape, generator=random)).floor()) for _ in range(draws)]
-    return table | dict(stochastic_mean=statistics.mean(random_ones), stochastic_std=statistics.stdev(random_ones), stochastic_best=max(random_ones),
-                        better_than_nearest=sum(a > table["nearest"] for a in random_ones), draws=draws, images=images)
+    table = dict(
+        float=(run(net, x[:images]).argmax(1) == y[:images]).float().mean().item(),
+        nearest=top1(steps.round()),
+        floor=top1(steps.floor()),
+        ceil=top1(steps.ceil()),
+    )
+    random_ones = [
+        top1((steps + torch.rand(steps.shape, generator=random)).floor()) for _ in range(draws)
+    ]
+    return table | dict(
+        stochastic_mean=statistics.mean(random_ones),
+        stochastic_std=statistics.stdev(random_ones),
+        stochastic_best=max(random_ones),
+        better_than_nearest=sum(a > table["nearest"] for a in random_ones),
+        draws=draws,
+        images=images,
+    )
 
 
 def zoo(name, widths, calib=1024):
@@ -147,21 +219,36 @@ def zoo(name, widths, calib=1024):
 
     net, sets = load_zoo(name), data.load("cifar10", n_valid=1000)
     images, (want, y) = data.calibration(sets, calib), train.logits(net, sets.test)
-    record = dict(network=name, float_top1=(want.argmax(1) == y).float().mean().item(), images=len(y))
+    record = dict(
+        network=name, float_top1=(want.argmax(1) == y).float().mean().item(), images=len(y)
+    )
     for bits in widths:
         for how, function in (("nearest", sim.quantize), ("gram", adaround)):
             start = time.perf_counter()
             quantized = function(net, images, bits, progress=False)
             seconds, got = time.perf_counter() - start, train.logits(quantized, sets.test)[0]
-            record[f"{how}_w{bits}"] = dict(top1=(got.argmax(1) == y).float().mean().item(), agreement=train.agreement(want, got), sqnr_db=train.sqnr_db(want, got), seconds=seconds)
+            record[f"{how}_w{bits}"] = dict(
+                top1=(got.argmax(1) == y).float().mean().item(),
+                agreement=train.agreement(want, got),
+                sqnr_db=train.sqnr_db(want, got),
+                seconds=seconds,
+            )
     return record
 
 
 def peak_mb():
     "Most memory this process has held; getrusage would count the parent's, too"
     status = Path("/proc/self/status")
-    if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1.024e-3
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    return (
+        next(
+            int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+        * 1.024e-3
+    )
 
 
 def worker(name, root, folder, threads):
@@ -170,7 +257,10 @@ def worker(name, root, folder, threads):
 
     torch.set_num_threads(threads)
     kind, options = METHODS[name]
-    net, calib = resnet20(root / "weights" / "resnet20_cifar10.safetensors"), torch.load(folder / "calib.pt")
+    net, calib = (
+        resnet20(root / "weights" / "resnet20_cifar10.safetensors"),
+        torch.load(folder / "calib.pt"),
+    )
     if kind == "aimet":
         import aimet_torch  # noqa: F401
     else:
@@ -182,13 +272,27 @@ def worker(name, root, folder, threads):
         print(json.dumps(dict(method=name, **rounding_table(net, calib, folder, **options))))
         return
     before, start, cpu = peak_mb(), time.perf_counter(), time.process_time()
-    quantized = by_aimet(net, calib, options, folder) if kind == "aimet" else by_mep(net, calib, kind, options)
-    record = dict(method=name, seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu, peak_mb=peak_mb(), added_mb=peak_mb() - before)
+    quantized = (
+        by_aimet(net, calib, options, folder)
+        if kind == "aimet"
+        else by_mep(net, calib, kind, options)
+    )
+    record = dict(
+        method=name,
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu,
+        peak_mb=peak_mb(),
+        added_mb=peak_mb() - before,
+    )
     (x, y), want = torch.load(folder / "test.pt"), torch.load(folder / "reference.pt")
     got = run(quantized.eval(), x)
     noise = (want.double() - got.double()).square().sum()
-    record |= dict(top1=(got.argmax(1) == y).float().mean().item(), agreement=(got.argmax(1) == want.argmax(1)).float().mean().item(),
-                   sqnr_db=(10 * (want.double().square().sum() / noise).log10()).item(), images=len(x))
+    record |= dict(
+        top1=(got.argmax(1) == y).float().mean().item(),
+        agreement=(got.argmax(1) == want.argmax(1)).float().mean().item(),
+        sqnr_db=(10 * (want.double().square().sum() / noise).log10()).item(),
+        images=len(x),
+    )
     print(json.dumps(record))
 
 
@@ -198,7 +302,9 @@ def aimet_python(env):
     if not python.exists():
         print(f"making {env.name} with {', '.join(AIMET)}", file=sys.stderr)
         venv.create(env, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *AIMET, "safetensors"], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *AIMET, "safetensors"], check=True
+        )
     return python
 
 
@@ -207,19 +313,33 @@ def summarize(runs):
     methods = {}
     for name in dict.fromkeys(r["method"] for r in runs):
         mine = [r for r in runs if r["method"] == name]
-        methods[name] = dict(mine[0], runs=len(mine)) | {k: statistics.median(r[k] for r in mine) for k in ("seconds", "cpu_seconds", "peak_mb", "added_mb") if k in mine[0]}
+        methods[name] = dict(mine[0], runs=len(mine)) | {
+            k: statistics.median(r[k] for r in mine)
+            for k in ("seconds", "cpu_seconds", "peak_mb", "added_mb")
+            if k in mine[0]
+        }
     if "aimet_adaround_500" in methods:
-        near, some = methods.get("aimet_nearest_w4", dict(seconds=0))["seconds"], methods["aimet_adaround_500"]
-        methods["aimet_adaround_defaults"] = dict(seconds=near + (some["seconds"] - near) * DEFAULT_ITERATIONS / 500, not_run=True,
-            note=f"time for {DEFAULT_ITERATIONS:,} iterations, extrapolated from 500; not run")
+        near, some = (
+            methods.get("aimet_nearest_w4", dict(seconds=0))["seconds"],
+            methods["aimet_adaround_500"],
+        )
+        methods["aimet_adaround_defaults"] = dict(
+            seconds=near + (some["seconds"] - near) * DEFAULT_ITERATIONS / 500,
+            not_run=True,
+            note=f"time for {DEFAULT_ITERATIONS:,} iterations, extrapolated from 500; not run",
+        )
     return methods
 
 
 def main(args):
     root = Path(os.environ.get("MEP_DATA", ""))
     if not (root / "cifar-10-batches-py").is_dir():
-        sys.exit("MEP_DATA must name the folder that holds cifar-10-batches-py and weights/resnet20_cifar10.safetensors")
-    os.environ.update(OMP_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE", TQDM_DISABLE="1")  # before torch is imported, here and in the workers
+        sys.exit(
+            "MEP_DATA must name the folder that holds cifar-10-batches-py and weights/resnet20_cifar10.safetensors"
+        )
+    os.environ.update(
+        OMP_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE", TQDM_DISABLE="1"
+    )  # before torch is imported, here and in the workers
     result, runs = HERE / "results" / "adaround_resnet20.json", []
     if args.add and result.exists():
         runs = json.loads(result.read_text())["all_runs"]
@@ -227,12 +347,29 @@ def main(args):
         make_files(root, Path(folder), args.calib, args.images)
         for _ in range(args.repeats):
             for name in args.only or METHODS:
-                python = aimet_python(args.aimet_env) if METHODS[name][0] == "aimet" else sys.executable
-                done = subprocess.run([python, __file__, "--worker", name, "--folder", folder, "--threads", str(args.threads)], capture_output=True, text=True)
+                python = (
+                    aimet_python(args.aimet_env) if METHODS[name][0] == "aimet" else sys.executable
+                )
+                done = subprocess.run(
+                    [
+                        python,
+                        __file__,
+                        "--worker",
+                        name,
+                        "--folder",
+                        folder,
+                        "--threads",
+                        str(args.threads),
+                    ],
+                    capture_output=True,
+                    text=True,
+                )
                 if done.returncode:
                     print(f"{name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
                     continue
-                runs.append(json.loads(done.stdout.splitlines()[-1]) | dict(load=os.getloadavg()[0]))
+                runs.append(
+                    json.loads(done.stdout.splitlines()[-1]) | dict(load=os.getloadavg()[0])
+                )
                 print(json.dumps(runs[-1]), flush=True)
                 write(result, runs, args)
 
@@ -240,19 +377,41 @@ def main(args):
 def write(result, runs, args):
     from mep.deploy import machine
     from mep.store import write_atomic
-    about = dict(network="ResNet-20", data="CIFAR-10", float_top1=.9173, calibration_images=args.calib, threads=args.threads, seed=0, aimet=AIMET, machine=machine())
-    write_atomic(result, json.dumps(dict(about=about, methods=summarize(runs), all_runs=runs), indent=1).encode())
+
+    about = dict(
+        network="ResNet-20",
+        data="CIFAR-10",
+        float_top1=0.9173,
+        calibration_images=args.calib,
+        threads=args.threads,
+        seed=0,
+        aimet=AIMET,
+        machine=machine(),
+    )
+    write_atomic(
+        result,
+        json.dumps(dict(about=about, methods=summarize(runs), all_runs=runs), indent=1).encode(),
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", choices=METHODS, help="methods to run; default: all")
     parser.add_argument("--repeats", type=int, default=1, help="rounds over all methods")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--calib", type=int, default=1024, help="calibration images")
     parser.add_argument("--images", type=int, default=10_000, help="test images")
-    parser.add_argument("--add", action="store_true", help="keep the runs that the results file already has")
-    parser.add_argument("--aimet-env", type=Path, default=HERE.parent / "runs" / "aimet", help="virtual environment of AIMET; made if it is not there")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the runs that the results file already has"
+    )
+    parser.add_argument(
+        "--aimet-env",
+        type=Path,
+        default=HERE.parent / "runs" / "aimet",
+        help="virtual environment of AIMET; made if it is not there",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,8 +1,23 @@
-"""The Model-Efficiency Pipeline: cost, search, compression, quantization, conditional networks and deployment, one chapter a module."""
+"""The Model-Efficiency Pipeline: search, compression, quantization, conditional networks, one
+chapter a module."""
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "train", "cost", "deploy", "store", "plot", "graph", "moments", "nas", "compress", "quant", "conditional", "pipeline")
+_MODULES = (
+    "data",
+    "train",
+    "cost",
+    "deploy",
+    "store",
+    "plot",
+    "graph",
+    "moments",
+    "nas",
+    "compress",
+    "quant",
+    "conditional",
+    "pipeline",
+)
 
 
 def __getattr__(name):
@@ -15,7 +30,9 @@ def __getattr__(name):
         except ModuleNotFoundError as e:
             if e.name != f"mep.{name}":
                 raise
-    raise AttributeError(f"module 'mep' has no attribute {name!r}; its modules are {', '.join(_MODULES)}")
+    raise AttributeError(
+        f"module 'mep' has no attribute {name!r}; its modules are {', '.join(_MODULES)}"
+    )
 
 
 def __dir__():

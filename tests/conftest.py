@@ -1,4 +1,5 @@
 """Fixtures that every test may use, and a line that says how much memory the tests took."""
+
 import os
 import resource
 import sys
@@ -15,7 +16,9 @@ def mep_data():
     "The folder of real data and pretrained weights that MEP_DATA names, or a skip that says so."
     root = os.environ.get("MEP_DATA", "")
     if not root or not Path(root).is_dir():
-        pytest.skip("MEP_DATA does not name a folder with real data: tests on real data are skipped")
+        pytest.skip(
+            "MEP_DATA does not name a folder with real data: tests on real data are skipped"
+        )
     return Path(root)
 
 
@@ -23,8 +26,11 @@ PEAKS = []  # bytes, one for each process that ran tests
 
 
 def pytest_sessionfinish(session):
-    "A worker of pytest-xdist hands its peak of memory to the process that started it; without workers that is this one."
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """A worker of pytest-xdist hands its peak of memory to the process that started it;
+    without workers that is this one."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["peak"] = peak
     elif not PEAKS:
@@ -37,4 +43,6 @@ def pytest_testnodedown(node):
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(f"peak memory: {' + '.join(f'{peak / 1e9:.1f}' for peak in PEAKS)} GB")
+    terminalreporter.write_line(
+        f"peak memory: {' + '.join(f'{peak / 1e9:.1f}' for peak in PEAKS)} GB"
+    )

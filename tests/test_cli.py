@@ -1,4 +1,5 @@
 """The shell command, as users call it: a process of its own, its exit status, what it says."""
+
 import json
 import os
 import signal
@@ -26,13 +27,24 @@ from mep.train import fit, small_resnet
 TINY = "--data digits --epochs 1 --n-train 256 --n-test 100 --n-calib 32 --n-latency 5".split()
 
 
-def hear_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are deaf to it, and so would be what they start
+def hear_ctrl_c():
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs are deaf to it, and so would be what they start
 
 
 def start(*words, cwd=None):
     code = "import sys; from mep.pipeline.cli import main; sys.exit(main())"
     env = os.environ | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, preexec_fn=hear_ctrl_c if os.name == "posix" else None)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=env,
+        preexec_fn=hear_ctrl_c if os.name == "posix" else None,
+    )
 
 
 def mep(*words, cwd=None):
@@ -45,19 +57,25 @@ def test_help_is_there_without_pytorch(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
     assert all(c in out for c in COMMANDS) and "examples:" in out
-    code = "import sys; from mep.pipeline.cli import main; main([]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = (
+        "import sys; from mep.pipeline.cli import main; main([]); assert 'torch' not in "
+        "sys.modules and 'numpy' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_every_field_of_config_is_an_option(capsys):
-    with pytest.raises(SystemExit) as e: main(["run", "--help"])
+    with pytest.raises(SystemExit) as e:
+        main(["run", "--help"])
     out = capsys.readouterr().out
     assert e.value.code == 0
     assert all("--" + f.name.replace("_", "-") in out for f in fields(Config))
 
 
 def test_examples_parse():
-    for line in [line.split("    ")[0].split() for line in EXAMPLES.splitlines() if line.startswith("  mep ")]:
+    for line in [
+        line.split("    ")[0].split() for line in EXAMPLES.splitlines() if line.startswith("  mep ")
+    ]:
         a = parser(line[1]).parse_args(line[1:])
         assert callable(a.fn)
 
@@ -65,7 +83,12 @@ def test_examples_parse():
 @cache
 def trained():
     "A small network, briefly trained."
-    return fit(small_resnet(10, in_channels=1), load("digits", n_train=512, n_test=100), epochs=1, progress=False).model
+    return fit(
+        small_resnet(10, in_channels=1),
+        load("digits", n_train=512, n_test=100),
+        epochs=1,
+        progress=False,
+    ).model
 
 
 def digits_net(folder):
@@ -90,21 +113,45 @@ BAD = [
     ("run --config missing.json", "missing.json"),
     ("run --method round", "unknown method 'round': choose nearest, dfq, adaround"),
     ("run --n-calib 0 --method adaround", "only method=dfq does without"),
-    ("quantize -o {tmp}/q.onnx --model torchvision:resnet18 --input 3,64,64", "would have random weights"),
+    (
+        "quantize -o {tmp}/q.onnx --model torchvision:resnet18 --input 3,64,64",
+        "would have random weights",
+    ),
     ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth", "which images does the network take?"),
     ("quantize -o {tmp}/q.onnx --weights {tmp}/missing.pth --data digits", "missing.pth"),
     ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data digits --bits 33", "w_bits=33"),
-    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data digits --method round", "unknown method 'round'"),
-    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data digits --method nearest,dfq", "one file has one method"),
-    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --input 1,8,8 --method adaround", "adaround needs images"),
+    (
+        "quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data digits --method round",
+        "unknown method 'round'",
+    ),
+    (
+        "quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data digits --method nearest,dfq",
+        "one file has one method",
+    ),
+    (
+        "quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --input 1,8,8 --method adaround",
+        "adaround needs images",
+    ),
     ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --input 3,8,8", "don't fit the network"),
-    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --model small_mobilenet --data digits", "don't fit the network"),
-    ("quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data folder:/nowhere/at/all", "/nowhere/at/all"),
-    ("quantize -o {tmp} --weights {tmp}/digits.pth --data digits", "is a folder: give the file a name"),
+    (
+        "quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --model small_mobilenet --data digits",
+        "don't fit the network",
+    ),
+    (
+        "quantize -o {tmp}/q.onnx --weights {tmp}/digits.pth --data folder:/nowhere/at/all",
+        "/nowhere/at/all",
+    ),
+    (
+        "quantize -o {tmp} --weights {tmp}/digits.pth --data digits",
+        "is a folder: give the file a name",
+    ),
     ("run --compress 50", "compress=50.0: give the share of the MACs to keep"),
     ("compress -o {tmp}/c.onnx --weights {tmp}/digits.pth --data digits --macs 1.5", "macs=1.5"),
     ("compress -o {tmp}/c.onnx --weights {tmp}/digits.pth", "which images does the network take?"),
-    ("quantize -o {tmp}/q.onnx --weights {tmp}/cut.safetensors --data digits", "cut.safetensors can't be read as weights"),
+    (
+        "quantize -o {tmp}/q.onnx --weights {tmp}/cut.safetensors --data digits",
+        "cut.safetensors can't be read as weights",
+    ),
     ("profile torchvision:resnet81", "did you mean"),
     ("profile torchvision:resnet18 --weights missing.pth", "missing.pth"),
     ("latency missing.onnx", "missing.onnx"),
@@ -115,19 +162,32 @@ BAD = [
 @pytest.mark.parametrize("line, says", BAD)
 def test_an_error_is_one_line(line, says, tmp_path, capsys):
     words = line.format(tmp=tmp_path).split()
-    if "digits.pth" in line: digits_net(tmp_path)
+    if "digits.pth" in line:
+        digits_net(tmp_path)
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 50)
     if words[0] == "run":
         words += ["--out", str(tmp_path / "run"), "--quiet"]
-        if "--data" not in words: words += ["--data", "digits"]
+        if "--data" not in words:
+            words += ["--data", "digits"]
     assert main(words) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"mep {words[0]}: ") and err.count("\n") == 1 and says in err
 
 
-@pytest.mark.parametrize("line", ["run --w-bits four", "run --mean a,b", "run --unknown 1", "walk", "latency", "quantize --data digits"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run --w-bits four",
+        "run --mean a,b",
+        "run --unknown 1",
+        "walk",
+        "latency",
+        "quantize --data digits",
+    ],
+)
 def test_argparse_names_bad_words(line, capsys):
-    with pytest.raises(SystemExit) as e: main(line.split())
+    with pytest.raises(SystemExit) as e:
+        main(line.split())
     assert e.value.code == 2 and "usage: mep" in capsys.readouterr().err
 
 
@@ -155,7 +215,10 @@ def test_a_config_with_an_unknown_key(tmp_path, capsys):
 def test_data_and_version(capsys):
     assert main(["data"]) == 0
     out = capsys.readouterr().out
-    assert all(n in out for n in ("shapes", "digits", "fashion_mnist", "cifar10", "imagenette", "folder:PATH"))
+    assert all(
+        n in out
+        for n in ("shapes", "digits", "fashion_mnist", "cifar10", "imagenette", "folder:PATH")
+    )
     assert main(["version"]) == 0
     assert "onnxruntime" in capsys.readouterr().out
 
@@ -172,26 +235,53 @@ def test_profile_and_latency(tmp_path, capsys):
 
 
 def test_a_network_of_the_users(tmp_path, capsys):
-    (tmp_path / "nets.py").write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 5))\ndef bad(): return 3\n")
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 5))\ndef bad(): return 3\n"
+    )
     assert main(["profile", f"{tmp_path}/nets.py:make", "--input", "3,2,2"]) == 0
     assert "60" in capsys.readouterr().out
     for name, says in (("nothing", "has no function 'nothing'"), ("bad", "not a torch.nn.Module")):
         assert main(["profile", f"{tmp_path}/nets.py:{name}", "--input", "3,2,2"]) == 2
         assert says in capsys.readouterr().err
-    torch.save({"1.weight": torch.ones(5, 12), "1.bias": torch.full((5,), torch.nan)}, tmp_path / "nan.pth")
-    assert main(["profile", f"{tmp_path}/nets.py:make", "--weights", str(tmp_path / "nan.pth"), "--input", "3,2,2"]) == 2
+    torch.save(
+        {"1.weight": torch.ones(5, 12), "1.bias": torch.full((5,), torch.nan)}, tmp_path / "nan.pth"
+    )
+    assert (
+        main(
+            [
+                "profile",
+                f"{tmp_path}/nets.py:make",
+                "--weights",
+                str(tmp_path / "nan.pth"),
+                "--input",
+                "3,2,2",
+            ]
+        )
+        == 2
+    )
     assert "1.bias holds NaN" in capsys.readouterr().err
 
 
 def test_quantize_makes_one_file(tmp_path, capsys):
     net = digits_net(tmp_path)
-    words = f"quantize --weights {tmp_path}/digits.pth --data digits --n-test 100 --n-latency 3 -o {tmp_path}/q.onnx --quiet".split()
+    words = (
+        f"quantize --weights {tmp_path}/digits.pth --data digits --n-test 100 --n-latency 3 "
+        f"-o {tmp_path}/q.onnx --quiet"
+    ).split()
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "FP32" in out and "INT8" in out and "accuracy" in out and "every bit agrees" in out and "latency" in out
+    assert (
+        "FP32" in out
+        and "INT8" in out
+        and "accuracy" in out
+        and "every bit agrees" in out
+        and "latency" in out
+    )
     assert main([*words, "--bits", "4", "--json"]) == 0
     nets = json.loads(capsys.readouterr().out)["nets"]
-    assert list(nets) == ["FP32", "W4A8 adaround"] and nets["W4A8 adaround"]["bytes"] == os.path.getsize(tmp_path / "q.onnx")
+    assert list(nets) == ["FP32", "W4A8 adaround"] and nets["W4A8 adaround"][
+        "bytes"
+    ] == os.path.getsize(tmp_path / "q.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.pth", "q.onnx"]
     x = torch.randn(3, 1, 8, 8)
     assert torch.as_tensor(run(tmp_path / "q.onnx", x)).shape == net(x).shape
@@ -199,17 +289,37 @@ def test_quantize_makes_one_file(tmp_path, capsys):
 
 def test_quantize_without_any_data(tmp_path, capsys):
     digits_net(tmp_path)
-    assert main(f"quantize --weights {tmp_path}/digits.pth --input 1,8,8 --n-latency 3 -o {tmp_path}/new/q.onnx --quiet --json".split()) == 0
+    assert (
+        main(
+            (
+                f"quantize --weights {tmp_path}/digits.pth --input 1,8,8 --n-latency 3 -o "
+                f"{tmp_path}/new/q.onnx --quiet --json"
+            ).split()
+        )
+        == 0
+    )
     nets = json.loads(capsys.readouterr().out)["nets"]
-    assert list(nets) == ["FP32", "INT8 dfq"] and "accuracy" not in nets["INT8 dfq"] and nets["INT8 dfq"]["float_layers"] == 0
+    assert (
+        list(nets) == ["FP32", "INT8 dfq"]
+        and "accuracy" not in nets["INT8 dfq"]
+        and nets["INT8 dfq"]["float_layers"] == 0
+    )
     assert optimized_ops(tmp_path / "new" / "q.onnx")["QLinearConv"] > 0
 
 
 def test_quantize_with_pictures_that_nobody_labelled(tmp_path, capsys):
     (tmp_path / "pictures" / "all").mkdir(parents=True)
-    for i in range(20): Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "pictures" / "all" / f"{i}.png")
-    (tmp_path / "nets.py").write_text("from mep.train import small_resnet\ndef make(): return small_resnet(10)\n")
-    words = f"quantize --model {tmp_path}/nets.py:make --data folder:{tmp_path}/pictures --size 16 --n-latency 3 -o {tmp_path}/q.onnx --quiet".split()
+    for i in range(20):
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        ).save(tmp_path / "pictures" / "all" / f"{i}.png")
+    (tmp_path / "nets.py").write_text(
+        "from mep.train import small_resnet\ndef make(): return small_resnet(10)\n"
+    )
+    words = (
+        f"quantize --model {tmp_path}/nets.py:make --data folder:{tmp_path}/pictures --size "
+        f"16 --n-latency 3 -o {tmp_path}/q.onnx --quiet"
+    ).split()
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "agrees with FP32" in out and "accuracy" not in out
@@ -218,16 +328,56 @@ def test_quantize_with_pictures_that_nobody_labelled(tmp_path, capsys):
 def test_compress_then_quantize(tmp_path, capsys):
     digits_net(tmp_path)
     words = "--data digits --n-train 256 --n-test 100 --n-latency 3 --quiet --json".split()
-    assert main(["compress", "--weights", f"{tmp_path}/digits.pth", "--macs", "0.6", "-o", f"{tmp_path}/half.onnx", "--weights-out", f"{tmp_path}/half.safetensors", *words]) == 0
+    assert (
+        main(
+            [
+                "compress",
+                "--weights",
+                f"{tmp_path}/digits.pth",
+                "--macs",
+                "0.6",
+                "-o",
+                f"{tmp_path}/half.onnx",
+                "--weights-out",
+                f"{tmp_path}/half.safetensors",
+                *words,
+            ]
+        )
+        == 0
+    )
     nets = json.loads(capsys.readouterr().out)["nets"]
-    assert nets["compressed"]["macs"] <= 0.6 * nets["FP32"]["macs"] and nets["compressed"]["bytes"] == os.path.getsize(tmp_path / "half.onnx")
-    assert main(["quantize", "--weights", f"{tmp_path}/half.safetensors", "-o", f"{tmp_path}/q.onnx", *words]) == 0
+    assert nets["compressed"]["macs"] <= 0.6 * nets["FP32"]["macs"] and nets["compressed"][
+        "bytes"
+    ] == os.path.getsize(tmp_path / "half.onnx")
+    assert (
+        main(
+            [
+                "quantize",
+                "--weights",
+                f"{tmp_path}/half.safetensors",
+                "-o",
+                f"{tmp_path}/q.onnx",
+                *words,
+            ]
+        )
+        == 0
+    )
     quantized = json.loads(capsys.readouterr().out)["nets"]
-    assert quantized["INT8"]["macs"] == nets["compressed"]["macs"] and quantized["FP32"]["accuracy"] == pytest.approx(nets["compressed"]["accuracy"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.pth", "half.onnx", "half.safetensors", "q.onnx"]
+    assert quantized["INT8"]["macs"] == nets["compressed"]["macs"] and quantized["FP32"][
+        "accuracy"
+    ] == pytest.approx(nets["compressed"]["accuracy"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "digits.pth",
+        "half.onnx",
+        "half.safetensors",
+        "q.onnx",
+    ]
 
 
-SEARCH = "search --model small_resnet --data digits --n-train 256 --n-test 100 --n-latency 3 --networks 5 --tune 1 --quiet".split()
+SEARCH = (
+    "search --model small_resnet --data digits --n-train 256 --n-test 100 --n-latency 3 "
+    "--networks 5 --tune 1 --quiet"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +386,10 @@ def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
     digits_net(folder)
     (folder / "s.json").write_text('{"Phone": {}, "server": {"threads": 2, "precision": "int8"}}')
-    words = f"--weights {folder}/digits.pth --finetune 2 --scenarios {folder}/s.json --library {folder}/blocks --out {folder}/out".split()
+    words = (
+        f"--weights {folder}/digits.pth --finetune 2 --scenarios {folder}/s.json --library "
+        f"{folder}/blocks --out {folder}/out"
+    ).split()
     with redirect_stdout(StringIO()) as out:
         assert main([*SEARCH, *words]) == 0
     return folder, [*SEARCH, *words], out.getvalue()
@@ -244,9 +397,23 @@ def searched(tmp_path_factory):
 
 def test_search_makes_fronts_and_files(searched):
     folder, words, out = searched
-    assert "phone 1" in out and "phone 2" in out and "accuracy, as predicted" in out and "server (2 threads, INT8)" in out and "report.html" in out
+    assert (
+        "phone 1" in out
+        and "phone 2" in out
+        and "accuracy, as predicted" in out
+        and "server (2 threads, INT8)" in out
+        and "report.html" in out
+    )
     files = {p.name for p in (folder / "out").iterdir()}
-    assert {"phone.json", "server.json", "phone-1.onnx", "phone-2.onnx", "fp32.onnx", "report.html", "results.json"} <= files
+    assert {
+        "phone.json",
+        "server.json",
+        "phone-1.onnx",
+        "phone-2.onnx",
+        "fp32.onnx",
+        "report.html",
+        "results.json",
+    } <= files
     found = Front.load(folder / "out" / "phone.json")
     assert main(words) == 0  # goes on: nothing is left to do
     assert Front.load(folder / "out" / "phone.json").points == found.points
@@ -256,21 +423,53 @@ def test_search_makes_fronts_and_files(searched):
 
 def test_search_refuses_anothers_library(searched, tmp_path, capsys):
     torch.save(small_resnet(10, 1, seed=1).state_dict(), tmp_path / "other.pth")
-    assert main([*SEARCH, *f"--weights {tmp_path}/other.pth --library {searched[0]}/blocks --out {tmp_path}/b".split()]) == 2
+    assert (
+        main(
+            [
+                *SEARCH,
+                *f"--weights {tmp_path}/other.pth --library {searched[0]}/blocks --out {tmp_path}/b".split(),
+            ]
+        )
+        == 2
+    )
     assert "the library blocks was made for" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scenarios, says", [("{", "no JSON file"), ('{"a": {"thread": 4}}', "did you mean 'threads'"), ('{"a": {"threads": 0}}', "threads=0")])
+@pytest.mark.parametrize(
+    "scenarios, says",
+    [
+        ("{", "no JSON file"),
+        ('{"a": {"thread": 4}}', "did you mean 'threads'"),
+        ('{"a": {"threads": 0}}', "threads=0"),
+    ],
+)
 def test_search_names_what_is_wrong_with_scenarios(tmp_path, scenarios, says, capsys):
     (tmp_path / "s.json").write_text(scenarios)
-    assert main(["search", "--data", "digits", "--scenarios", str(tmp_path / "s.json"), "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert (
+        main(
+            [
+                "search",
+                "--data",
+                "digits",
+                "--scenarios",
+                str(tmp_path / "s.json"),
+                "--out",
+                str(tmp_path / "out"),
+                "--quiet",
+            ]
+        )
+        == 2
+    )
     assert says in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_quantize_goes_on_after_ctrl_c(tmp_path):
     digits_net(tmp_path)
-    words = f"quantize --weights {tmp_path}/digits.pth --data digits --bits 4 --n-calib 64 --n-latency 3 -o {tmp_path}/q.onnx --quiet --json".split()
+    words = (
+        f"quantize --weights {tmp_path}/digits.pth --data digits --bits 4 --n-calib 64 "
+        f"--n-latency 3 -o {tmp_path}/q.onnx --quiet --json"
+    ).split()
     code = """
 import os, signal, sys
 from mep.store import Store
@@ -282,8 +481,18 @@ def stop(store, *args):
 Store.put = stop
 from mep.pipeline.cli import main
 sys.exit(main(sys.argv[1:]))"""
-    died = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, preexec_fn=hear_ctrl_c)
-    assert died.returncode == 130 and "go on with: mep quantize" in died.stderr and not (tmp_path / "q.onnx").exists()
+    died = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=hear_ctrl_c,
+    )
+    assert (
+        died.returncode == 130
+        and "go on with: mep quantize" in died.stderr
+        and not (tmp_path / "q.onnx").exists()
+    )
     assert len(list((tmp_path / "q.onnx.unfinished").rglob("*.safetensors"))) == 3
     status, out, err = mep(*words)
     assert status == 0, err
@@ -302,7 +511,9 @@ def test_a_run_then_its_report(tmp_path):
     assert again[0] == 0 and again[1].split("Report:")[0].strip() == out.split("Report:")[0].strip()
     assert (tmp_path / "here" / "report.html").is_file()
     results = json.loads((tmp_path / "here" / "results.json").read_text())
-    assert results["command"] == " ".join(["mep run", *TINY[:2], *TINY[4:8], "--epochs 1", *TINY[8:], "--out here"])
+    assert results["command"] == " ".join(
+        ["mep run", *TINY[:2], *TINY[4:8], "--epochs 1", *TINY[8:], "--out here"]
+    )
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
@@ -314,7 +525,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     p = start("run", *TINY, "--epochs", "500", "--quiet", "--out", tmp_path)
-    while not list(tmp_path.glob("training/*.safetensors")): # the first epoch is done
+    while not list(tmp_path.glob("training/*.safetensors")):  # the first epoch is done
         assert p.poll() is None, p.stderr.read()
         time.sleep(0.05)
     p.send_signal(signal.SIGINT)

@@ -1,4 +1,6 @@
-"""Properties of mep.cost: formulas against PyTorch's counter, memory, attribution, and that the network is left alone."""
+"""Properties of mep.cost: formulas against PyTorch's counter, memory, attribution, and that
+the network is left alone."""
+
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -32,17 +34,38 @@ def counted(model, *xs):
 
 
 @FAST
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2),
-       st.integers(1, 2), st.booleans(), st.booleans())
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.booleans(),
+    st.booleans(),
+)
 def test_convolutions(dims, groups, ci, co, k, stride, padding, dilation, transposed, bias):
     kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
-    layer = kind(ci * groups, co * groups, k, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias)
+    layer = kind(
+        ci * groups,
+        co * groups,
+        k,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=bias,
+    )
     x = torch.ones(1, ci * groups, *[9] * dims)
     p, y = profile(layer, tuple(x.shape[1:])), layer(x)
     positions = (x if transposed else y).shape[2:].numel()
     assert p.macs == positions * groups * ci * co * k**dims
     assert p.params == sum(q.numel() for q in layer.parameters()) and p.bytes == 4 * p.params
-    assert p.layers[0].output_shape == tuple(y.shape) and p.peak_activation_bytes == 4 * (x.numel() + y.numel())
+    assert p.layers[0].output_shape == tuple(y.shape) and p.peak_activation_bytes == 4 * (
+        x.numel() + y.numel()
+    )
     if not transposed:
         assert p.macs == counted(layer, x)
 
@@ -58,7 +81,11 @@ def test_products(b, m, k, n):
 
         def forward(self, x):
             y = self.lin(x @ self.w)
-            return torch.einsum("bij,bkj->bik", y, y), torch.baddbmm(y, y, self.c), torch.mv(y[0, 0][None], y[0, 0])
+            return (
+                torch.einsum("bij,bkj->bik", y, y),
+                torch.baddbmm(y, y, self.c),
+                torch.mv(y[0, 0][None], y[0, 0]),
+            )
 
     net, x = Net(), torch.ones(b, m, k)
     p = profile(net, x)
@@ -83,8 +110,13 @@ def test_multihead_attention_is_charged_to_the_owner_of_the_weight():
     net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     for fake in (True, False):
         p = profile(net, (5, 16), fake=fake)
-        assert p["self_attn.out_proj"].macs == 5 * 16 * 16 and p["self_attn"].macs == 5 * 16 * 48 + 2 * 5 * 5 * 16
-        assert p.params == sum(q.numel() for q in net.parameters()) and not any(l.note for l in p.layers)
+        assert (
+            p["self_attn.out_proj"].macs == 5 * 16 * 16
+            and p["self_attn"].macs == 5 * 16 * 48 + 2 * 5 * 5 * 16
+        )
+        assert p.params == sum(q.numel() for q in net.parameters()) and not any(
+            l.note for l in p.layers
+        )
 
 
 @pytest.mark.parametrize("kind,gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
@@ -101,15 +133,34 @@ def test_unknown_work_is_named_and_can_be_taught(monkeypatch):
 
     p = profile(Net(), (5, 3))
     assert p.macs == 0 and "aten::_cdist_forward not counted" in repr(p)
-    monkeypatch.setitem(FORMULAS, "aten::_cdist_forward", lambda out, a, b, *_: out.numel() * a.shape[-1])
+    monkeypatch.setitem(
+        FORMULAS, "aten::_cdist_forward", lambda out, a, b, *_: out.numel() * a.shape[-1]
+    )
     assert profile(Net(), (5, 3)).macs == 5 * 5 * 3
 
 
 # whole networks
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0", "vit_b_32", "swin_t",
-                                  "swin_v2_t", "densenet121", "shufflenet_v2_x1_0", "squeezenet1_1", "convnext_tiny", "maxvit_t"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet50",
+        "mobilenet_v2",
+        "mobilenet_v3_large",
+        "mobilenet_v3_small",
+        "efficientnet_b0",
+        "vit_b_32",
+        "swin_t",
+        "swin_v2_t",
+        "densenet121",
+        "shufflenet_v2_x1_0",
+        "squeezenet1_1",
+        "convnext_tiny",
+        "maxvit_t",
+    ],
+)
 def test_published(name):
     net, w = meta(name), list(models.get_model_weights(name))[0]
     side = w.transforms().crop_size[0]
@@ -124,8 +175,15 @@ def test_fake_equals_real(name):
     side = 224 if "vit" in name else 64
     net = models.get_model(name)
     a, b = (profile(net, (3, side, side), fake=fake) for fake in (True, False))
-    assert (a.macs, a.params, a.bytes, a.peak_activation_bytes) == (b.macs, b.params, b.bytes, b.peak_activation_bytes)
-    assert [(l.name, l.macs, l.output_shape) for l in a.layers] == [(l.name, l.macs, l.output_shape) for l in b.layers]
+    assert (a.macs, a.params, a.bytes, a.peak_activation_bytes) == (
+        b.macs,
+        b.params,
+        b.bytes,
+        b.peak_activation_bytes,
+    )
+    assert [(l.name, l.macs, l.output_shape) for l in a.layers] == [
+        (l.name, l.macs, l.output_shape) for l in b.layers
+    ]
 
 
 def test_wrappers_measure_what_they_wrap():
@@ -143,7 +201,10 @@ def test_wrappers_measure_what_they_wrap():
 def test_half_precision_and_reparametrisation():
     assert profile(models.resnet18().half(), (3, 64, 64)).bytes == 2 * 11689512
     plain = profile(nn.Conv2d(3, 4, 3), (3, 8, 8))
-    for wrap in (torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm):
+    for wrap in (
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+    ):
         net = wrap(nn.Conv2d(3, 4, 3))
         p = profile(net, (3, 8, 8))
         assert p[""].macs == plain.macs and p.peak_activation_bytes == plain.peak_activation_bytes
@@ -194,7 +255,11 @@ def test_residual_keeps_the_skip_alive():
     class Net(nn.Module):
         def __init__(self, inplace):
             super().__init__()
-            self.c1, self.c2, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace)
+            self.c1, self.c2, self.relu = (
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.ReLU(inplace),
+            )
             self.bn = nn.BatchNorm2d(8)
 
         def forward(self, x):
@@ -212,11 +277,18 @@ def test_memory_of_branches_views_and_by_products():
 
     n = 4 * 2 * 36
     p = profile(Net(), (2, 6, 6))
-    assert p.peak_activation_bytes == 6 * n  # three parts and their concatenation; the input is dead by then
+    assert (
+        p.peak_activation_bytes == 6 * n
+    )  # three parts and their concatenation; the input is dead by then
 
 
 @FAST
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans()), min_size=1, max_size=12), st.randoms())
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans()), min_size=1, max_size=12
+    ),
+    st.randoms(),
+)
 def test_live_bounds(ops, rnd):
     events, made = [], [0]
     for i, (a, b, in_place) in enumerate(ops, 1):
@@ -228,7 +300,10 @@ def test_live_bounds(ops, rnd):
     for (reads, _, _), n in zip(events, live):
         assert n >= sum(sizes[r] for r in set(reads))
     assert live == _live([(r, b, f) for r, b, f in events], sizes, [0], [made[-1]])
-    assert all(x <= y for x, y in zip(live, _live([(r, b, False) for r, b, _ in events], sizes, [0], [made[-1]])))
+    assert all(
+        x <= y
+        for x, y in zip(live, _live([(r, b, False) for r, b, _ in events], sizes, [0], [made[-1]]))
+    )
 
 
 # bits, energy, tables
@@ -242,8 +317,20 @@ def test_bops_and_size():
     assert p.bops({"classifier.0": 4, "*": 8}, 8) == 64 * p.macs - 32 * p["classifier.0"].macs
 
 
-@pytest.mark.parametrize("bits,word", [({"conv": 8}, "'conv'"), ({"0": 8}, "no entry for 1 layers"), (-1, "-1"), (65, "65"), (float("nan"), "nan"), ("8", "'8'"),
-                                       (True, "True"), (None, "None"), ({"0": 8, "1": 99}, "'1'")])
+@pytest.mark.parametrize(
+    "bits,word",
+    [
+        ({"conv": 8}, "'conv'"),
+        ({"0": 8}, "no entry for 1 layers"),
+        (-1, "-1"),
+        (65, "65"),
+        (float("nan"), "nan"),
+        ("8", "'8'"),
+        (True, "True"),
+        (None, "None"),
+        ({"0": 8, "1": 99}, "'1'"),
+    ],
+)
 def test_bad_bits(bits, word):
     p = profile(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)), (1, 2, 2))
     for call in (p.bops, p.energy, p.size):
@@ -256,7 +343,11 @@ def test_bad_bits(bits, word):
 @given(st.integers(1, 15), st.integers(1, 15))
 def test_energy_grows_with_bits(w, a):
     assert mac_energy(w, a) == mac_energy(a, w) < mac_energy(w + 1, a)
-    assert mac_energy(32, 32) == pytest.approx(4.6) and mac_energy(16, 16) == pytest.approx(1.5) and mac_energy(0, 8) == 0
+    assert (
+        mac_energy(32, 32) == pytest.approx(4.6)
+        and mac_energy(16, 16) == pytest.approx(1.5)
+        and mac_energy(0, 8) == 0
+    )
 
 
 def test_totals_are_sums_and_json_round_trips():
@@ -283,7 +374,24 @@ def test_tables():
 # bad input
 
 
-@pytest.mark.parametrize("shape", [None, (), [], "abc", 224, (3, float("nan"), 3), (3, 0, 3), (3, -1, 3), (3.0, 4, 4), (True, 2, 2), [[]], [(3, 4, 4), "x"], [(3, 4, 4), 5]])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        None,
+        (),
+        [],
+        "abc",
+        224,
+        (3, float("nan"), 3),
+        (3, 0, 3),
+        (3, -1, 3),
+        (3.0, 4, 4),
+        (True, 2, 2),
+        [[]],
+        [(3, 4, 4), "x"],
+        [(3, 4, 4), 5],
+    ],
+)
 def test_bad_shapes(shape):
     with pytest.raises(ValueError, match="input_shape must be"):
         profile(nn.Identity(), shape)
@@ -344,7 +452,11 @@ def test_untouched(fail):
     net.bn.eval()
     net.fail = fail
     net.conv.register_forward_hook(lambda *_: None)
-    state, seed, attention = copy.deepcopy(net.state_dict()), torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
+    state, seed, attention = (
+        copy.deepcopy(net.state_dict()),
+        torch.get_rng_state(),
+        torch.backends.mha.get_fastpath_enabled(),
+    )
     tensors = {n: id(p) for n, p in net.named_parameters()}
     if fail:
         with pytest.raises(ValueError, match="\\(network\\).*asked to"):
@@ -353,9 +465,19 @@ def test_untouched(fail):
         assert "real data" in profile(net, (3, 8, 8)).notes[0]
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert net.calls == 0 and net.training and net.drop.training and not net.bn.training
-    assert len(net.conv._forward_hooks) == 1 and not net.bn._forward_hooks and not any(m._forward_pre_hooks for m in net.modules())
-    assert tensors == {n: id(p) for n, p in net.named_parameters()} and all(p.grad is None for p in net.parameters())
-    assert torch.equal(seed, torch.get_rng_state()) and torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled() == attention
+    assert (
+        len(net.conv._forward_hooks) == 1
+        and not net.bn._forward_hooks
+        and not any(m._forward_pre_hooks for m in net.modules())
+    )
+    assert tensors == {n: id(p) for n, p in net.named_parameters()} and all(
+        p.grad is None for p in net.parameters()
+    )
+    assert (
+        torch.equal(seed, torch.get_rng_state())
+        and torch.is_grad_enabled()
+        and torch.backends.mha.get_fastpath_enabled() == attention
+    )
 
 
 def test_a_layer_that_fails_and_is_caught():
@@ -379,4 +501,8 @@ def test_cuda():
         pytest.skip("no CUDA device")
     net = models.resnet18()
     p = profile(net, (3, 64, 64))
-    assert profile(net.cuda(), (3, 64, 64)).macs == profile(net, (3, 64, 64), fake=False).macs == p.macs
+    assert (
+        profile(net.cuda(), (3, 64, 64)).macs
+        == profile(net, (3, 64, 64), fake=False).macs
+        == p.macs
+    )

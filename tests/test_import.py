@@ -1,4 +1,5 @@
 """What importing mep does: nothing but define names. And what the shell waits for: next to nothing."""
+
 import ast
 import subprocess
 import sys
@@ -15,11 +16,31 @@ CALLS = {"os.register_at_fork", "METHODS.update"}  # which note something down
 
 def doing(tree):
     "Statements of a module that do something when it is imported"
+
     def harmless(node):
-        if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)): return True
-        if isinstance(node, (ast.If, ast.Try, ast.For, ast.With)): return all(map(harmless, node.body))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): return isinstance(node.value.value, str)
-        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in CALLS
+        if isinstance(
+            node,
+            (
+                ast.Import,
+                ast.ImportFrom,
+                ast.FunctionDef,
+                ast.ClassDef,
+                ast.Assign,
+                ast.AnnAssign,
+                ast.AugAssign,
+            ),
+        ):
+            return True
+        if isinstance(node, (ast.If, ast.Try, ast.For, ast.With)):
+            return all(map(harmless, node.body))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            return isinstance(node.value.value, str)
+        return (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Call)
+            and ast.unparse(node.value.func) in CALLS
+        )
+
     return [ast.unparse(n) for n in tree.body if not harmless(n)]
 
 
@@ -33,7 +54,10 @@ def test_the_check_can_fail():
 
 
 def test_all_modules_import_in_silence_and_draw_nothing():
-    names = [".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for p in MODULES]
+    names = [
+        ".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+        for p in MODULES
+    ]
     code = f"""
 import importlib, sys
 for name in {names}: importlib.import_module(name)
@@ -47,7 +71,27 @@ assert not plt.get_fignums()
 HEAVY = ("torch", "numpy", "matplotlib", "sklearn", "onnx", "joblib")
 
 
-@pytest.mark.parametrize("words", [[], ["data"], *([c, "--help"] for c in ("run", "quantize", "compress", "search", "profile", "latency", "report", "data"))], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["data"],
+        *(
+            [c, "--help"]
+            for c in (
+                "run",
+                "quantize",
+                "compress",
+                "search",
+                "profile",
+                "latency",
+                "report",
+                "data",
+            )
+        ),
+    ],
+    ids=" ".join,
+)
 def test_lists_and_helps_wait_for_nothing_heavy(words):
     code = f"""
 import sys

@@ -1,4 +1,6 @@
-"""What a stored result stands for: change anything that it was made of, and it is made again; move it, and it is refused."""
+"""What a stored result stands for: change anything that it was made of, and it is made again;
+move it, and it is refused."""
+
 import os
 import sys
 from dataclasses import replace
@@ -11,13 +13,22 @@ from torch import nn
 
 from mep.nas.bkd import BlockLibrary
 from mep.nas.space import Arch, choices, default_space
-from mep.pipeline.core import Config, build_network, code_identity, count_outputs, find_classes, load_weights, run
+from mep.pipeline.core import (
+    Config,
+    build_network,
+    code_identity,
+    count_outputs,
+    find_classes,
+    load_weights,
+    run,
+)
 from mep.store import DamagedError, Store
 
 TINY = Config(epochs=1, n_calib=8, n_latency=2, batch=8)
 
 
-def reused(report): return [s["stage"].split()[0] for s in report.stages if s["reused"]]
+def reused(report):
+    return [s["stage"].split()[0] for s in report.stages if s["reused"]]
 
 
 # ---- data
@@ -29,11 +40,18 @@ def pictures(tmp_path):
     for part, n in (("train", 20), ("test", 4)):
         for name in ("blue", "red"):
             (folder / part / name).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(folder / part / name / f"{i}.png")
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(
+                    folder / part / name / f"{i}.png"
+                )
     return folder
 
 
-def until_reference(folder, out): return run(replace(TINY, data=f"folder:{folder}", size=16, out=str(out), until="reference"), progress=False)
+def until_reference(folder, out):
+    return run(
+        replace(TINY, data=f"folder:{folder}", size=16, out=str(out), until="reference"),
+        progress=False,
+    )
 
 
 def test_every_training_picture_and_label_is_in_the_keys(pictures, tmp_path):
@@ -54,14 +72,18 @@ def test_every_training_picture_and_label_is_in_the_keys(pictures, tmp_path):
 
 def write_net(folder, act, extra=""):
     folder.mkdir(exist_ok=True)
-    (folder / "net.py").write_text(f"from torch import nn\nimport helpers{extra}\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), helpers.act())\n")
+    (folder / "net.py").write_text(
+        f"from torch import nn\nimport helpers{extra}\ndef make(): return "
+        "nn.Sequential(nn.Flatten(), nn.Linear(64, 10), helpers.act())\n"
+    )
     (folder / "helpers.py").write_text(f"from torch import nn\nact = nn.{act}\n")
     return f"{folder / 'net.py'}:make"
 
 
 def test_two_files_with_helpers_of_one_name(tmp_path):
     a, b = write_net(tmp_path / "a", "ReLU"), write_net(tmp_path / "b", "Sigmoid")
-    for _ in range(2): assert [type(build_network(n, 10)[2]) for n in (a, b)] == [nn.ReLU, nn.Sigmoid]
+    for _ in range(2):
+        assert [type(build_network(n, 10)[2]) for n in (a, b)] == [nn.ReLU, nn.Sigmoid]
     assert "helpers" not in sys.modules and str(tmp_path / "a") not in sys.path
     assert not list(tmp_path.rglob("__pycache__"))
 
@@ -79,10 +101,15 @@ def test_what_the_user_imported_stays_imported(tmp_path, monkeypatch):
 def test_an_edited_helper_is_another_network(edit, tmp_path):
     write_net(tmp_path / "a", "ReLU", "\nimport deep.inner")
     (tmp_path / "a" / "deep").mkdir()
-    inner = "import json, pathlib\nsize = json.loads((pathlib.Path(__file__).parent.parent/'numbers.json').read_text())\n"
+    inner = (
+        "import json, pathlib\nsize = "
+        "json.loads((pathlib.Path(__file__).parent.parent/'numbers.json').read_text())\n"
+    )
     (tmp_path / "a" / "deep" / "inner.py").write_text(inner)
     (tmp_path / "a" / "numbers.json").write_text("10")
-    (tmp_path / "a" / "net.py").write_text((tmp_path / "a" / "net.py").read_text().replace("64, 10", "64, deep.inner.size"))
+    (tmp_path / "a" / "net.py").write_text(
+        (tmp_path / "a" / "net.py").read_text().replace("64, 10", "64, deep.inner.size")
+    )
     path = tmp_path / "a" / "net.py"
     before = code_identity(path, "make")
     assert before == code_identity(path, "make")
@@ -101,8 +128,11 @@ def test_an_edit_of_the_same_length_within_a_second(tmp_path):
 
 
 def test_random_numbers_of_any_kind_are_the_same_again(tmp_path):
-    (tmp_path / "net.py").write_text("import random\nimport numpy as np\nimport torch\nfrom torch import nn\ndef make():\n    net = nn.Linear(2, 2)\n"
-                                     "    with torch.no_grad(): net.bias.copy_(torch.tensor([random.random(), np.random.rand()]))\n    return net\n")
+    (tmp_path / "net.py").write_text(
+        "import random\nimport numpy as np\nimport torch\nfrom torch import nn\ndef make():\n    "
+        "net = nn.Linear(2, 2)\n"
+        "    with torch.no_grad(): net.bias.copy_(torch.tensor([random.random(), np.random.rand()]))\n    return net\n"
+    )
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert code_identity(tmp_path / "net.py", "make") == code_identity(tmp_path / "net.py", "make")
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
@@ -110,17 +140,35 @@ def test_random_numbers_of_any_kind_are_the_same_again(tmp_path):
 
 def test_an_edited_helper_trains_again(tmp_path):
     a = write_net(tmp_path / "a", "ReLU")
-    config = replace(TINY, data="digits", n_train=64, n_test=20, model=a, out=str(tmp_path / "run"), until="reference")
+    config = replace(
+        TINY,
+        data="digits",
+        n_train=64,
+        n_test=20,
+        model=a,
+        out=str(tmp_path / "run"),
+        until="reference",
+    )
     run(config, progress=False)
     assert reused(run(config, progress=False)) == ["reference"]
     write_net(tmp_path / "a", "Sigmoid")
     assert reused(run(config, progress=False)) == []
 
 
-@pytest.mark.parametrize("text, says", [("import nothing_like_this\n", "ModuleNotFoundError"), ("def make(:\n", "SyntaxError"), ("def make(): 1/0\n", "ZeroDivisionError"), ("make = 3\n", "TypeError"), ("x = 1\n", "no function 'make'")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("import nothing_like_this\n", "ModuleNotFoundError"),
+        ("def make(:\n", "SyntaxError"),
+        ("def make(): 1/0\n", "ZeroDivisionError"),
+        ("make = 3\n", "TypeError"),
+        ("x = 1\n", "no function 'make'"),
+    ],
+)
 def test_files_that_fail_say_so_in_a_line(text, says, tmp_path):
     (tmp_path / "net.py").write_text(text)
-    with pytest.raises(ValueError, match=says): build_network(f"{tmp_path / 'net.py'}:make", 10)
+    with pytest.raises(ValueError, match=says):
+        build_network(f"{tmp_path / 'net.py'}:make", 10)
 
 
 # ---- results that were moved
@@ -128,20 +176,26 @@ def test_files_that_fail_say_so_in_a_line(text, says, tmp_path):
 
 def test_a_valid_file_under_another_key_is_refused(tmp_path):
     store = Store(tmp_path)
-    for i in range(5): store.put(f"a/{i}", dict(x=torch.tensor(float(i))), dict(i=i))
     for i in range(5):
-        other = store.path(f"a/{(i + 1) % 5}").read_bytes() if i < 4 else store.path("a/1").read_bytes()
+        store.put(f"a/{i}", dict(x=torch.tensor(float(i))), dict(i=i))
+    for i in range(5):
+        other = (
+            store.path(f"a/{(i + 1) % 5}").read_bytes() if i < 4 else store.path("a/1").read_bytes()
+        )
         here = store.path(f"a/{i}")
         before = here.read_bytes()
         here.write_bytes(other)
-        with pytest.raises(DamagedError, match=f"a/{i}.safetensors was stored under the key"): store.get(f"a/{i}")
+        with pytest.raises(DamagedError, match=f"a/{i}.safetensors was stored under the key"):
+            store.get(f"a/{i}")
         assert len(store.verify()) == 1
         here.write_bytes(before)
     assert store.verify() == []
 
 
 def test_two_results_of_a_run_swapped(tmp_path):
-    config = replace(TINY, data="digits", n_train=64, n_test=20, out=str(tmp_path), until="reference")
+    config = replace(
+        TINY, data="digits", n_train=64, n_test=20, out=str(tmp_path), until="reference"
+    )
     run(config, progress=False)
     run(replace(config, seed=1), progress=False)
     a, b = (tmp_path / "store").glob("reference-*")
@@ -152,7 +206,15 @@ def test_two_results_of_a_run_swapped(tmp_path):
 
 
 def test_measuring_again_trains_no_exits_again(tmp_path, monkeypatch):
-    config = replace(TINY, data="digits", n_train=128, n_test=40, exits="blocks.0", exit_epochs=1, out=str(tmp_path))
+    config = replace(
+        TINY,
+        data="digits",
+        n_train=128,
+        n_test=40,
+        exits="blocks.0",
+        exit_epochs=1,
+        out=str(tmp_path),
+    )
     run(config, progress=False)
     again = run(replace(config, n_latency=3), progress=False)
     assert "measure" not in reused(again) and "early_exit" in reused(again)
@@ -163,11 +225,14 @@ def test_measuring_again_trains_no_exits_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("index", [(0, 0, 0), (1, 2, 1), (0, 1), (0, 1, 10), (-1, 0, 1)])
 def test_class_indices_that_can_only_be_right(index):
-    with pytest.raises(ValueError, match="class_index"): find_classes(["a", "b", "c"], 10, index)
+    with pytest.raises(ValueError, match="class_index"):
+        find_classes(["a", "b", "c"], 10, index)
 
 
 def test_counting_outputs_leaves_the_mode_alone():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)).train()
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)
+    ).train()
     net[1].eval()
     assert count_outputs(net, (3, 8, 8)) == 5
     assert [m.training for m in net] == [True, False, True, True]
@@ -184,9 +249,25 @@ def test_a_bias_that_says_more_than_is_stored(tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     weights = net.state_dict() | {"1.bias": torch.zeros(1).expand(2_000_000_000)}
     torch.save(weights, tmp_path / "tiny.pth")
-    with pytest.raises(ValueError, match=r"1.bias has 2,000,000,000 numbers, of which 1 are stored"): load_weights(tmp_path / "tiny.pth")
+    with pytest.raises(
+        ValueError, match=r"1.bias has 2,000,000,000 numbers, of which 1 are stored"
+    ):
+        load_weights(tmp_path / "tiny.pth")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"frame": "x"}', '{"blocks": [], "frame": 3}', '{"blocks": "basic", "frame": "x"}', '{"blocks": [3], "frame": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        '{"frame": "x"}',
+        '{"blocks": [], "frame": 3}',
+        '{"blocks": "basic", "frame": "x"}',
+        '{"blocks": [3], "frame": "x"}',
+    ],
+)
 def test_text_that_is_no_architecture(text):
-    with pytest.raises(ValueError, match="no architecture|no option"): Arch.from_json(text)
+    with pytest.raises(ValueError, match="no architecture|no option"):
+        Arch.from_json(text)

@@ -1,4 +1,6 @@
-"""What contributors and continuous integration use: the runner of notebooks, the hash of their code, `make check`."""
+"""What contributors and continuous integration use: the runner of notebooks, the hash of their
+code, `make check`."""
+
 import copy
 import importlib.util
 import json
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ def importable():
 @pytest.fixture(scope="module")
 def notebooks(importable):
     import notebooks
+
     return notebooks
 
 
@@ -67,21 +71,31 @@ def saved(folder, name, *sources, **mep):
 
 # Running
 
+
 @pytest.fixture(scope="module")
 def ran(notebooks, tmp_path_factory):
     "Five notebooks, one after the other: name -> how it went, in the order in which they ran."
     folder = tmp_path_factory.mktemp("book")
     paths = [
-        saved(folder, "wrong", "x = 1", "#| hide\nprint('before')\nassert x == 2, 'x is one'", seconds=1),
+        saved(
+            folder,
+            "wrong",
+            "x = 1",
+            "#| hide\nprint('before')\nassert x == 2, 'x is one'",
+            seconds=1,
+        ),
         saved(folder, "dies", "import os\nos._exit(3)", seconds=2),
         saved(folder, "slow", "y = 1", "#| slow\nassert y == 2", seconds=3),
         saved(folder, "untouched", "import math\nassert math.pi > 3", seconds=4),
-        saved(folder, "breaks", "import math\nmath.pi = 3", seconds=5)]
+        saved(folder, "breaks", "import math\nmath.pi = 3", seconds=5),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(notebooks, "PRELOAD", ["nbdev.test"])
         patch.setenv("MPLBACKEND", "agg")
         runs = list(notebooks.run_all(paths, [], jobs=1))
-        runs += notebooks.run_all([saved(folder, "forced", "#| slow\nassert False")], ["slow"], jobs=1)
+        runs += notebooks.run_all(
+            [saved(folder, "forced", "#| slow\nassert False")], ["slow"], jobs=1
+        )
     return {run.path.stem: run for run in runs}
 
 
@@ -106,7 +120,11 @@ def test_slow_cells_run_only_when_asked_for(ran):
 def test_a_failure_shows_the_cell_and_the_traceback(ran):
     wrong = ran["wrong"]
     assert not wrong.passed
-    assert "cell 1" in wrong.text and "print('before')" in wrong.text and "AssertionError: x is one" in wrong.text
+    assert (
+        "cell 1" in wrong.text
+        and "print('before')" in wrong.text
+        and "AssertionError: x is one" in wrong.text
+    )
 
 
 def test_a_process_that_dies_is_a_failure(ran):
@@ -122,15 +140,22 @@ def test_the_seconds_of_joblibs_workers_count(notebooks, tmp_path):
     work = "import time\ndef work(i):\n    end = time.process_time() + 1\n    while time.process_time() < end: pass\n"
     call = "joblib.Parallel(2)(joblib.delayed(work)(i) for i in range(4));"
     path = saved(tmp_path, "parallel", "import joblib", work + call)
-    run, = notebooks.run_all([path], [], jobs=1)
+    (run,) = notebooks.run_all([path], [], jobs=1)
     assert run.passed, run.text
     assert run.cpu > 4
 
 
 def test_the_summary_counts_and_adds_up(notebooks):
-    runs = [notebooks.Run(Path(name), name != "b", 1., 2., size) for name, size in (("a", 1e9), ("b", 3e9), ("c", 2e9))]
+    runs = [
+        notebooks.Run(Path(name), name != "b", 1.0, 2.0, size)
+        for name, size in (("a", 1e9), ("b", 3e9), ("c", 2e9))
+    ]
     line = notebooks.summary(runs, 60, jobs=2)
-    assert "2 passed, 1 failed in 60 s" in line and "6 s of processor time" in line and "5.0 GB" in line
+    assert (
+        "2 passed, 1 failed in 60 s" in line
+        and "6 s of processor time" in line
+        and "5.0 GB" in line
+    )
 
 
 def alive(pid):
@@ -144,7 +169,7 @@ def alive(pid):
 def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
-        time.sleep(.1)
+        time.sleep(0.1)
     assert condition()
 
 
@@ -157,12 +182,23 @@ p.wait()
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc to look for processes in")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="this system has no /proc to look for processes in"
+)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_children_and_theirs(tmp_path, sent):
     wrote = tmp_path / "pids"
-    words = [sys.executable, TOOLS / "notebooks.py", saved(tmp_path, "sleeps", SLEEPS), "--jobs", "1"]
-    runner = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = [
+        sys.executable,
+        TOOLS / "notebooks.py",
+        saved(tmp_path, "sleeps", SLEEPS),
+        "--jobs",
+        "1",
+    ]
+    # Whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    runner = subprocess.Popen(words, stdout=pipe, stderr=pipe, preexec_fn=listen)
     until(lambda: wrote.exists() and wrote.read_text().count(" ") == 2)
     pids = wrote.read_text().split()
     assert all(map(alive, pids))
@@ -174,13 +210,18 @@ def test_ctrl_c_ends_the_children_and_theirs(tmp_path, sent):
 
 def test_names_numbers_and_paths_are_found(notebooks, tmp_path):
     own = saved(tmp_path, "own", "1")
-    assert [p.stem for p in notebooks.find(["24", "20_prune", str(own)])] == ["24_select", "20_prune", "own"]
+    assert [p.stem for p in notebooks.find(["24", "20_prune", str(own)])] == [
+        "24_select",
+        "20_prune",
+        "own",
+    ]
     assert len(notebooks.find([])) > 30
     with pytest.raises(SystemExit, match="no notebook '77'.*24_select"):
         notebooks.find(["77"])
 
 
 # The hash of the code
+
 
 def changed(before, edit):
     "A copy of a notebook after `edit` had it."
@@ -189,12 +230,18 @@ def changed(before, edit):
     return after
 
 
-SAMPLE = notebook(text("# Title"), code("x = 1"), code("#| fig-alt: a line\nplot(x)"), code("#| eval: false\ngone()"))
+SAMPLE = notebook(
+    text("# Title"),
+    code("x = 1"),
+    code("#| fig-alt: a line\nplot(x)"),
+    code("#| eval: false\ngone()"),
+)
 
 
 def set_source(at, source):
     def edit(cells):
         cells[at]["source"] = source.splitlines(True)
+
     return edit
 
 
@@ -202,27 +249,43 @@ def join_first_two(cells):
     cells[1:3] = [code("x = 1\nplot(x)")]
 
 
-@pytest.mark.parametrize("edit", [
-    set_source(0, "# Another title"),
-    set_source(2, "#| fig-alt: a rising line\nplot(x)"),
-    set_source(2, "#| echo: false\nplot(x)"),
-    set_source(2, "#| slow\nplot(x)"),
-    lambda cells: cells.insert(1, text("A paragraph.")),
-    lambda cells: cells[1].update(outputs=[printed("1")]),
-], ids=["title", "alternative text", "echo", "slow", "paragraph", "output"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        set_source(0, "# Another title"),
+        set_source(2, "#| fig-alt: a rising line\nplot(x)"),
+        set_source(2, "#| echo: false\nplot(x)"),
+        set_source(2, "#| slow\nplot(x)"),
+        lambda cells: cells.insert(1, text("A paragraph.")),
+        lambda cells: cells[1].update(outputs=[printed("1")]),
+    ],
+    ids=["title", "alternative text", "echo", "slow", "paragraph", "output"],
+)
 def test_words_and_looks_leave_outputs_fresh(notebooks, edit):
     assert notebooks.code_hash(changed(SAMPLE, edit)) == notebooks.code_hash(SAMPLE)
 
 
-@pytest.mark.parametrize("edit", [
-    set_source(1, "x = 2"),
-    set_source(2, "#| fig-alt: a line\nplot(y)"),
-    set_source(3, "gone()"),
-    lambda cells: cells.append(code("x")),
-    lambda cells: cells.pop(),
-    lambda cells: cells.insert(1, cells.pop(2)),
-    join_first_two,
-], ids=["code", "code below a directive", "eval", "new cell", "cell less", "order", "cells joined"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        set_source(1, "x = 2"),
+        set_source(2, "#| fig-alt: a line\nplot(y)"),
+        set_source(3, "gone()"),
+        lambda cells: cells.append(code("x")),
+        lambda cells: cells.pop(),
+        lambda cells: cells.insert(1, cells.pop(2)),
+        join_first_two,
+    ],
+    ids=[
+        "code",
+        "code below a directive",
+        "eval",
+        "new cell",
+        "cell less",
+        "order",
+        "cells joined",
+    ],
+)
 def test_code_makes_outputs_stale(notebooks, edit):
     assert notebooks.code_hash(changed(SAMPLE, edit)) != notebooks.code_hash(SAMPLE)
 
@@ -233,12 +296,13 @@ def test_check_names_what_is_stale_and_the_command_that_mends_it(notebooks, chec
     notebooks.stamp_all([path])
     assert check.stale(path) == []
     path.write_text(path.read_text().replace("x = 1", "x = 2"))
-    found, = check.stale(path)
+    (found,) = check.stale(path)
     assert found.startswith("chapter.ipynb: the outputs are older than the code above them")
     assert found.endswith("run: python tools/notebooks.py --store chapter.ipynb")
 
 
 # Storing outputs
+
 
 @pytest.fixture
 def clean_settings(tmp_path):
@@ -247,15 +311,21 @@ def clean_settings(tmp_path):
 
 
 def test_store_keeps_what_readers_see_and_the_hash(notebooks, tmp_path, clean_settings):
-    cells = ["import sys\nfrom pathlib import Path\nprint('seen')\nprint('a bar', file=sys.stderr)",
-             "#| slow\nprint('slow')", "#| eval: false\nraise ValueError", "print(Path.cwd().name)"]
+    cells = [
+        "import sys\nfrom pathlib import Path\nprint('seen')\nprint('a bar', file=sys.stderr)",
+        "#| slow\nprint('slow')",
+        "#| eval: false\nraise ValueError",
+        "print(Path.cwd().name)",
+    ]
     path = saved(tmp_path, "chapter", *cells)
     assert notebooks.store_all([path]) == 0
     stored = notebooks.read(path)
     outputs = [[out["text"] for out in cell["outputs"]] for cell in stored["cells"]]
     assert outputs == [[["seen\n"]], [["slow\n"]], [], [[f"{tmp_path.name}\n"]]]
     assert not notebooks.is_stale(stored) and notebooks.remembered(stored)["seconds"] >= 0
-    assert all(cell["metadata"] == {} and cell["execution_count"] is None for cell in stored["cells"])
+    assert all(
+        cell["metadata"] == {} and cell["execution_count"] is None for cell in stored["cells"]
+    )
 
 
 def test_a_notebook_that_fails_is_left_as_it_was(notebooks, tmp_path, capsys):
@@ -269,6 +339,7 @@ def test_a_notebook_that_fails_is_left_as_it_was(notebooks, tmp_path, capsys):
 
 # The house's rules
 
+
 def module(folder, name, source):
     path = folder / "mep" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,14 +347,30 @@ def module(folder, name, source):
     return path
 
 
-@pytest.mark.parametrize("name, source, found", [
-    ("quant/a.py", "from ..train import fit\nfrom .grid import make_grid", ""),
-    ("pipeline/a.py", "from ..quant import quantize\nfrom mep import __version__", ""),
-    ("quant/a.py", "from ..compress.svd import spatial_svd", "imports mep.compress.svd: a wing"),
-    ("quant/a.py", "from mep.pipeline.core import run", "imports mep.pipeline.core: a wing"),
-    ("a.py", "def f():\n    from .quant.grid import make_grid", "imports mep.quant.grid: a foundation"),
-    ("a.py", "__all__ = ['f', 'X']\nX = 1\ndef f(): pass\ndef g(): pass", "f is public and has no docstring"),
-    ("a.py", "__all__ = ['f']\ndef f(): 'Does.'", "")])
+@pytest.mark.parametrize(
+    "name, source, found",
+    [
+        ("quant/a.py", "from ..train import fit\nfrom .grid import make_grid", ""),
+        ("pipeline/a.py", "from ..quant import quantize\nfrom mep import __version__", ""),
+        (
+            "quant/a.py",
+            "from ..compress.svd import spatial_svd",
+            "imports mep.compress.svd: a wing",
+        ),
+        ("quant/a.py", "from mep.pipeline.core import run", "imports mep.pipeline.core: a wing"),
+        (
+            "a.py",
+            "def f():\n    from .quant.grid import make_grid",
+            "imports mep.quant.grid: a foundation",
+        ),
+        (
+            "a.py",
+            "__all__ = ['f', 'X']\nX = 1\ndef f(): pass\ndef g(): pass",
+            "f is public and has no docstring",
+        ),
+        ("a.py", "__all__ = ['f']\ndef f(): 'Does.'", ""),
+    ],
+)
 def test_modules_keep_the_rules(check, tmp_path, name, source, found):
     problems = check.rules(module(tmp_path, name, source))
     assert len(problems) == bool(found)
@@ -291,20 +378,32 @@ def test_modules_keep_the_rules(check, tmp_path, name, source, found):
 
 
 def test_the_reference_page_names_what_is_public(check, tmp_path):
-    made = module(tmp_path, "a.py", "__all__ = ['old', 'new', 'X']\nX = 1\ndef old(): 'Is.'\ndef new(): 'Is.'")
+    made = module(
+        tmp_path, "a.py", "__all__ = ['old', 'new', 'X']\nX = 1\ndef old(): 'Is.'\ndef new(): 'Is.'"
+    )
     page = tmp_path / "reference.ipynb"
     page.write_text(json.dumps(notebook(code("table()", [printed("| [`old`](a.ipynb) | Is. |")]))))
-    found, = check.unlisted(page, [made])
+    (found,) = check.unlisted(page, [made])
     assert "new of mep/a.py is missing" in found and "--store reference.ipynb" in found
 
 
 def test_what_is_unfit_to_store_is_found(check, tmp_path):
     error = dict(output_type="error", ename="E", evalue="", traceback=[])
-    outputs = [error, printed("a warning", "stderr"), printed("50%|#####     |"), printed("/home/me/file")]
+    outputs = [
+        error,
+        printed("a warning", "stderr"),
+        printed("50%|#####     |"),
+        printed("/home/me/file"),
+    ]
     path = tmp_path / "bad.ipynb"
     path.write_text(json.dumps(notebook(code("x", outputs))))
     found = "\n".join(check.stored(path))
-    for what in ("stores an error", "stderr", "a progress bar: 50%|", "a path of one machine: /home/me"):
+    for what in (
+        "stores an error",
+        "stderr",
+        "a progress bar: 50%|",
+        "a path of one machine: /home/me",
+    ):
         assert what in found
 
 

@@ -1,8 +1,9 @@
-"""The sync check: clean -> export -> clean must change nothing, what the notebooks store must come from their code and
-be fit to publish, and the modules must keep the house's rules, as far as a machine can tell.
+"""The sync check: clean -> export -> clean must change nothing, what the notebooks store must
+come from their code and be fit to publish, and the modules must keep the house's rules, as
+far as a machine can tell.
 
-Works on the tree as it is, committed or not: it compares files before and after, so it never needs git.
-"""
+Works on the tree as it is, committed or not: it compares files before and after, so it never needs git."""
+
 import ast
 import hashlib
 import json
@@ -24,8 +25,14 @@ WINGS = {"nas", "compress", "quant", "conditional"}
 
 
 def files():
-    return [p for d in ("nbs", "mep") for p in sorted((ROOT / d).rglob("*"))
-            if p.is_file() and p.suffix in {".ipynb", ".py", ".yml"} and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)]
+    return [
+        p
+        for d in ("nbs", "mep")
+        for p in sorted((ROOT / d).rglob("*"))
+        if p.is_file()
+        and p.suffix in {".ipynb", ".py", ".yml"}
+        and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)
+    ]
 
 
 def snapshot():
@@ -45,7 +52,10 @@ def in_sync():
         run(tool)
     after = snapshot()
     changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
-    return [f"{p}: changed by clean -> export; review it and commit notebook and module together" for p in changed]
+    return [
+        f"{p}: changed by clean -> export; review it and commit notebook and module together"
+        for p in changed
+    ]
 
 
 def orphans():
@@ -55,7 +65,9 @@ def orphans():
     for p in (ROOT / "mep").rglob("*.py"):
         m = made.search(p.read_text(encoding="utf-8")[:600])
         if m and not (p.parent / m[1]).resolve().exists():
-            found.append(f"{p.relative_to(ROOT)}: its notebook {m[1]} does not exist; delete the module or restore the notebook")
+            found.append(
+                f"{p.relative_to(ROOT)}: its notebook {m[1]} does not exist; delete the module or restore the notebook"
+            )
     return found
 
 
@@ -71,21 +83,27 @@ def undocumented(tree):
     "Public functions and classes without a docstring."
     names = public(tree)
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names and not ast.get_docstring(node):
+        if (
+            isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and node.name in names
+            and not ast.get_docstring(node)
+        ):
             yield f"{node.name} is public and has no docstring"
 
 
 def imported(tree, module):
-    "The modules of mep that a module imports, by their full names: exported code says `from ..train import fit`."
+    """The modules of mep that a module imports, by their full names: exported code says `from
+    ..train import fit`."""
     package = module.relative_to(ROOT).parent.parts
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            above = package[:len(package) - node.level + 1] if node.level else ()
+            above = package[: len(package) - node.level + 1] if node.level else ()
             yield ".".join([*above, node.module or ""])
 
 
 def forbidden(tree, module):
-    "Imports against the house's order: foundations, then four wings that don't know each other, then the pipeline."
+    """Imports against the house's order: foundations, then four wings that don't know each
+    other, then the pipeline."""
     room = module.relative_to(ROOT / "mep").parent.as_posix()
     above = {".": WINGS | {"pipeline"}, "pipeline": set()}.get(room, WINGS - {room} | {"pipeline"})
     for name in imported(tree, module):
@@ -97,19 +115,27 @@ def forbidden(tree, module):
 def rules(module):
     "What a module of mep does against the house's rules."
     tree = ast.parse(module.read_text(encoding="utf-8"))
-    return [f"{module.relative_to(ROOT)}: {what}" for what in (*undocumented(tree), *forbidden(tree, module))]
+    return [
+        f"{module.relative_to(ROOT)}: {what}"
+        for what in (*undocumented(tree), *forbidden(tree, module))
+    ]
 
 
 def unlisted(reference, modules):
-    "Public functions and classes that the reference page, whose outputs are made from the modules, doesn't name yet."
+    """Public functions and classes that the reference page, whose outputs are made from the
+    modules, doesn't name yet."""
     page = reference.read_text(encoding="utf-8")
     for module in modules:
         tree = ast.parse(module.read_text(encoding="utf-8"))
-        defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        defined = {
+            node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
         for name in sorted(defined.intersection(public(tree))):
             if f"[`{name}`]" not in page:
-                yield f"{reference.relative_to(ROOT)}: {name} of {module.relative_to(ROOT)} is missing; " \
-                      f"run: python tools/notebooks.py --store {reference.relative_to(ROOT)}"
+                yield (
+                    f"{reference.relative_to(ROOT)}: {name} of {module.relative_to(ROOT)} is missing; "
+                    f"run: python tools/notebooks.py --store {reference.relative_to(ROOT)}"
+                )
 
 
 def stale(path):
@@ -123,16 +149,29 @@ def stored(path):
     "What a notebook stores that it should not."
     name, cells = path.relative_to(ROOT), json.loads(path.read_text(encoding="utf-8"))["cells"]
     if path.stat().st_size > MAX_NOTEBOOK:
-        yield f"{name}: {path.stat().st_size // 1000} kB; keep it under {MAX_NOTEBOOK // 1000} kB (fewer or smaller pictures)"
+        yield (
+            f"{name}: {path.stat().st_size // 1000} kB; keep it under {MAX_NOTEBOOK // 1000} "
+            "kB (fewer or smaller pictures)"
+        )
     for i, cell in enumerate(cells):
         for out in cell.get("outputs", []):
             data = out.get("data", {})
-            text = "\n".join("".join(t) for t in (out.get("text", ""), *(data.get(k, "") for k in ("text/plain", "text/html", "text/markdown"))))
+            text = "\n".join(
+                "".join(t)
+                for t in (
+                    out.get("text", ""),
+                    *(data.get(k, "") for k in ("text/plain", "text/html", "text/markdown")),
+                )
+            )
             if out.get("output_type") == "error":
                 yield f"{name}, cell {i}: stores an error; run the notebook top to bottom"
             if out.get("name") == "stderr":
                 yield f"{name}, cell {i}: stores what went to stderr (a warning or a progress bar)"
-            for what, pattern in (("a path of one machine", PATH), ("a progress bar", BAR), ("an object's address", ADDRESS)):
+            for what, pattern in (
+                ("a path of one machine", PATH),
+                ("a progress bar", BAR),
+                ("an object's address", ADDRESS),
+            ):
                 if m := pattern.search(text):
                     yield f"{name}, cell {i}: stores {what}: {m[0]}"
             if "application/vnd.jupyter.widget-view+json" in data:
@@ -145,14 +184,23 @@ def stored(path):
 def main():
     problems = in_sync() + orphans()
     notebooks = [p for p in files() if p.suffix == ".ipynb"]
-    modules = [p for p in files() if p.suffix == ".py" and p.name not in ("__init__.py", "_modidx.py")]
+    modules = [
+        p for p in files() if p.suffix == ".py" and p.name not in ("__init__.py", "_modidx.py")
+    ]
     problems += [s for p in notebooks for s in (*stale(p), *stored(p))]
     problems += [s for p in modules for s in rules(p)]
     problems += unlisted(ROOT / "nbs" / "reference.ipynb", modules)
-    fresh = subprocess.run([sys.executable, str(ROOT / "tools" / "readme.py"), "--check"], capture_output=True, text=True)
+    fresh = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "readme.py"), "--check"],
+        capture_output=True,
+        text=True,
+    )
     if fresh.returncode:
         problems.append(fresh.stdout.strip() or fresh.stderr.strip())
-    fine = f"check: ok ({len(notebooks)} notebooks in sync with mep/, outputs of today's code and fit to publish, README.md fresh)"
+    fine = (
+        f"check: ok ({len(notebooks)} notebooks in sync with mep/, outputs of today's code "
+        "and fit to publish, README.md fresh)"
+    )
     print("\n".join(problems) or fine)
     sys.exit(bool(problems))
 

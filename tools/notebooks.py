@@ -1,15 +1,16 @@
 """Run the book's notebooks, each in a process of its own, or store their outputs.
 
-python tools/notebooks.py                     run them all as nbdev_test does: without what is marked slow or gpu
-python tools/notebooks.py --flags slow        slow cells, too
-python tools/notebooks.py 24_select 33        these only: names, numbers or paths
-python tools/notebooks.py --store 24_select   execute every cell, and store the outputs in the notebook
-python tools/notebooks.py --stamp 24_select   only say that the stored outputs are those of the code above them
+python tools/notebooks.py                     run them all as nbdev_test does: without what
+is marked slow or gpu python tools/notebooks.py --flags slow        slow cells, too python
+tools/notebooks.py 24_select 33        these only: names, numbers or paths python
+tools/notebooks.py --store 24_select   execute every cell, and store the outputs in the
+notebook python tools/notebooks.py --stamp 24_select   only say that the stored outputs are
+those of the code above them
 
-Two things are remembered in a notebook's metadata, under "mep": a hash of the code that its stored outputs came
-from, by which tools/check.py knows outputs that are older than their code, and the seconds that its quick cells
-took, by which the longest runs first.
-"""
+Two things are remembered in a notebook's metadata, under "mep": a hash of the code that its
+stored outputs came from, by which tools/check.py knows outputs that are older than their
+code, and the seconds that its quick cells took, by which the longest runs first."""
+
 import argparse
 import faulthandler
 import hashlib
@@ -31,21 +32,35 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 # What most notebooks import is loaded once and inherited by each process. Nothing here starts a thread, for threads
 # don't survive a fork: onnxruntime does, so it is not here.
-PRELOAD = ["torch", "torchvision", "torch.onnx", "torch.export", "sklearn.linear_model", "scipy.stats",
-           "matplotlib.pyplot", "nbdev.test", "nbdev.showdoc"]
-QUIET = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg")  # one thread a process, no windows
+PRELOAD = [
+    "torch",
+    "torchvision",
+    "torch.onnx",
+    "torch.export",
+    "sklearn.linear_model",
+    "scipy.stats",
+    "matplotlib.pyplot",
+    "nbdev.test",
+    "nbdev.showdoc",
+]
+QUIET = dict(
+    OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg"
+)  # one thread a process, no windows
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 DIRECTIVE = re.compile(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*?)[ \t]*$", re.M)
 
 
 # Notebooks as files
 
+
 def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(path, notebook):
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def code_cells(notebook):
@@ -89,7 +104,9 @@ def stamp(notebook, **more):
 def every_notebook():
     "The book's notebooks, by nbdev's rule: what begins with _ or . is none."
     found = sorted(NBS.rglob("*.ipynb"))
-    return [path for path in found if not any(part[0] in "._" for part in path.relative_to(NBS).parts)]
+    return [
+        path for path in found if not any(part[0] in "._" for part in path.relative_to(NBS).parts)
+    ]
 
 
 def find(names):
@@ -114,28 +131,36 @@ def title(path):
 
 # Running: in the child
 
+
 class Run(NamedTuple):
     "How one notebook went."
+
     path: Path
     passed: bool
     seconds: float  # by the clock
-    cpu: float      # seconds of processor time, of its own children as well
-    bytes: int      # of memory: its own peak and that of its largest child
+    cpu: float  # seconds of processor time, of its own children as well
+    bytes: int  # of memory: its own peak and that of its largest child
     text: str = ""  # what to read if it failed
 
 
 def used():
-    "Seconds of processor time and the peak of memory in bytes, of this process and of the children that have ended."
-    mine, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Seconds of processor time and the peak of memory in bytes, of this process and of the
+    children that have ended."""
+    mine, others = (
+        resource.getrusage(resource.RUSAGE_SELF),
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+    )
     cpu = sum(r.ru_utime + r.ru_stime for r in (mine, others))
     unit = 1 if sys.platform == "darwin" else 1024
     return cpu, (mine.ru_maxrss + others.ru_maxrss) * unit
 
 
 def end_workers():
-    "End joblib's workers, which would wait for more to do: what they used counts as ours only when they have ended."
+    """End joblib's workers, which would wait for more to do: what they used counts as ours
+    only when they have ended."""
     if "joblib.externals.loky" in sys.modules:
         from joblib.externals.loky import get_reusable_executor
+
         get_reusable_executor().shutdown(wait=True)
 
 
@@ -149,8 +174,11 @@ def child(path, flags, log, pipe):
     faulthandler.enable()
     from nbdev.config import get_config
     from nbdev.test import test_nb
+
     os.chdir(NBS)
-    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), force_flags=flags, basepath=ROOT)
+    passed, _ = test_nb(
+        path, skip_flags=get_config().tst_flags.split(), force_flags=flags, basepath=ROOT
+    )
     source = "" if passed else failing_cell(path)
     end_workers()
     sys.stderr.flush()
@@ -160,11 +188,13 @@ def child(path, flags, log, pipe):
 def failing_cell(path):
     "The source of the cell that the notebook's shell stopped in."
     from IPython.core.interactiveshell import InteractiveShell
+
     at = getattr(InteractiveShell._instance, "_cell_idx", None)
     return f"cell {at - 1}:\n\n" + "".join(read(path)["cells"][at - 1]["source"]) if at else ""
 
 
 # Running: in the parent
+
 
 class Job:
     "A notebook that runs."
@@ -206,7 +236,9 @@ def run_all(paths, flags, jobs):
     "Run notebooks, `jobs` at a time, and yield each one's `Run` as it ends."
     fork = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if fork else "spawn")
-    if fork and len(paths) > jobs:  # else nobody would inherit anything that another has not loaded as soon
+    if (
+        fork and len(paths) > jobs
+    ):  # else nobody would inherit anything that another has not loaded as soon
         context.set_forkserver_preload(PRELOAD)
     waiting, running = longest_first(paths), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +270,10 @@ def test(paths, flags, jobs):
     "Run notebooks and print how each went. Returns how many failed."
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    print(f"{len(paths)} notebooks, {jobs} at a time, the longest first: time, processor time, peak memory", flush=True)
+    print(
+        f"{len(paths)} notebooks, {jobs} at a time, the longest first: time, processor time, peak memory",
+        flush=True,
+    )
     start, runs = time.perf_counter(), []
     for run in run_all(paths, flags, jobs):
         runs.append(run)
@@ -252,9 +287,12 @@ def test(paths, flags, jobs):
 
 # Storing outputs
 
+
 def fit_to_store(output):
     "Whether an output is for readers: neither a progress bar or a warning on stderr, nor a widget."
-    return output.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+    return output.get(
+        "name"
+    ) != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
 def took(cell):
@@ -268,7 +306,8 @@ def took(cell):
 
 
 def execute(path):
-    "The notebook with fresh outputs, and the seconds its quick cells took. Raises nbclient's CellExecutionError."
+    """The notebook with fresh outputs, and the seconds its quick cells took. Raises nbclient's
+    CellExecutionError."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -292,6 +331,7 @@ def store(path):
     "Execute one notebook and write it with its outputs, clean. A notebook that fails is left as it was."
     import nbformat
     from nbdev.clean import nbdev_clean
+
     notebook, seconds = execute(path)
     stamp(notebook, seconds=seconds)
     nbformat.write(notebook, path)
@@ -301,6 +341,7 @@ def store(path):
 def store_all(paths):
     "Store every notebook's outputs. Returns how many failed."
     from nbclient.exceptions import CellExecutionError
+
     failed = 0
     for path in paths:
         start = time.perf_counter()
@@ -321,16 +362,28 @@ def stamp_all(paths):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="notebooks: names, numbers or paths; none: all")
-    parser.add_argument("--flags", default="", help="run cells that settings.ini leaves out: 'slow gpu'")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (default: one a processor)")
+    parser.add_argument(
+        "--flags", default="", help="run cells that settings.ini leaves out: 'slow gpu'"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="at a time (default: one a processor)"
+    )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--store", action="store_true", help="execute every cell and store the outputs")
-    mode.add_argument("--stamp", action="store_true", help="take the stored outputs for those of today's code")
+    mode.add_argument(
+        "--store", action="store_true", help="execute every cell and store the outputs"
+    )
+    mode.add_argument(
+        "--stamp", action="store_true", help="take the stored outputs for those of today's code"
+    )
     args = parser.parse_args()
     paths = find(args.names)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a runner that is ended ends its children, too
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a runner that is ended ends its children, too
     os.chdir(ROOT)
     if args.stamp:
         return stamp_all(paths)

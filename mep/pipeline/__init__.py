@@ -1,6 +1,12 @@
 """The whole pipeline: `mep.pipeline.run(config)`, and the shell command `mep`."""
 
-_HOME = {"run": "core", "Config": "options", "STAGES": "core", "Report": "report", "on_workers": "workers"}
+_HOME = {
+    "run": "core",
+    "Config": "options",
+    "STAGES": "core",
+    "Report": "report",
+    "on_workers": "workers",
+}
 _MODULES = ("core", "report", "cli", "convert", "options", "search", "workers")
 __all__ = list(_HOME)
 
@@ -13,7 +19,9 @@ def __getattr__(name):
         return getattr(importlib.import_module(f"mep.pipeline.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"mep.pipeline.{name}")
-    raise AttributeError(f"module 'mep.pipeline' has no attribute {name!r}; it has {', '.join([*__all__, *_MODULES])}")
+    raise AttributeError(
+        f"module 'mep.pipeline' has no attribute {name!r}; it has {', '.join([*__all__, *_MODULES])}"
+    )
 
 
 def __dir__():

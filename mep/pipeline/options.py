@@ -12,36 +12,77 @@ import shlex
 from dataclasses import dataclass, field, fields
 
 # %% ../../nbs/pipeline/96_options.ipynb #aca143b5
-def _opt(default, help): return field(default=default, metadata={"help": help})
+def _opt(default, help):
+    return field(default=default, metadata={"help": help})
 
 # %% ../../nbs/pipeline/96_options.ipynb #2391562f
 @dataclass
 class Config:
     "What a run does. Every field is an option of the shell command `mep run`."
+
     data: str = _opt("shapes", "data set: a name that `mep data` lists, or folder:PATH")
     root: str = _opt(None, "folder that holds the data sets (default: $MEP_DATA)")
     n_train: int = _opt(None, "number of training images (default: all)")
     n_test: int = _opt(None, "number of test images (default: all)")
     size: int = _opt(None, "height and width of the images (default: the data set's own)")
-    resize: int = _opt(None, "shorter side of imagenette's and a folder's images before the centre is cut out")
-    mean: tuple = _opt(None, "mean per channel of pixels in [0, 1] that the weights were trained with, as 0.5,0.5,0.5")
+    resize: int = _opt(
+        None, "shorter side of imagenette's and a folder's images before the centre is cut out"
+    )
+    mean: tuple = _opt(
+        None,
+        "mean per channel of pixels in [0, 1] that the weights were trained with, as 0.5,0.5,0.5",
+    )
     std: tuple = _opt(None, "standard deviation per channel, likewise")
-    model: str = _opt("small_resnet", "small_resnet, small_mobilenet, torchvision:NAME or FILE.py:FUNCTION, a file that is run")
-    weights: str = _opt(None, "weights of the network, .safetensors or a torch state dict; without it the network is trained")
-    class_index: tuple = _opt(None, "which output of the network each class of the data is, as 0,217,482 (default: found by name)")
+    model: str = _opt(
+        "small_resnet",
+        "small_resnet, small_mobilenet, torchvision:NAME or FILE.py:FUNCTION, a file that is run",
+    )
+    weights: str = _opt(
+        None,
+        "weights of the network, .safetensors or a torch state dict; without it the network is trained",
+    )
+    class_index: tuple = _opt(
+        None,
+        "which output of the network each class of the data is, as 0,217,482 (default: found by name)",
+    )
     epochs: int = _opt(None, "epochs of training (default: 10, or none when weights are given)")
     batch: int = _opt(128, "images per batch")
-    search: float = _opt(None, "share of the network's latency to stay within, as 0.6: a search puts a quicker network together (default: no search)")
+    search: float = _opt(
+        None,
+        (
+            "share of the network's latency to stay within, as 0.6: a search puts a quicker network "
+            "together (default: no search)"
+        ),
+    )
     n_search: int = _opt(10, "networks that the search trains to learn which blocks matter")
-    compress: float = _opt(None, "share of the MACs to keep, as 0.5 (default: the network stays as it is)")
-    finetune: int = _opt(3, "epochs of training after search and compression, with the network they began with as the teacher")
+    compress: float = _opt(
+        None, "share of the MACs to keep, as 0.5 (default: the network stays as it is)"
+    )
+    finetune: int = _opt(
+        3,
+        "epochs of training after search and compression, with the network they began with as the teacher",
+    )
     w_bits: int = _opt(8, "bits of the weights, 2 to 8")
     a_bits: int = _opt(8, "bits of the activations, 2 to 8")
-    method: str = _opt(None, "how weights are rounded: nearest, dfq or adaround, or several with commas (default: nearest at 8 bits, adaround below)")
-    per_channel: bool = _opt(None, "one weight range per output channel instead of one per layer (default: yes, except for dfq)")
-    n_calib: int = _opt(512, "training images that set the ranges and the rounding; 0: none, for dfq alone")
-    exits: str = _opt(None, "modules after which an image may leave, as blocks.0,blocks.1 (default: every image takes the whole network)")
-    exit_loss: float = _opt(.01, "share of right answers that early exits may cost")
+    method: str = _opt(
+        None,
+        (
+            "how weights are rounded: nearest, dfq or adaround, or several with commas (default: "
+            "nearest at 8 bits, adaround below)"
+        ),
+    )
+    per_channel: bool = _opt(
+        None,
+        "one weight range per output channel instead of one per layer (default: yes, except for dfq)",
+    )
+    n_calib: int = _opt(
+        512, "training images that set the ranges and the rounding; 0: none, for dfq alone"
+    )
+    exits: str = _opt(
+        None,
+        "modules after which an image may leave, as blocks.0,blocks.1 (default: every image takes the whole network)",
+    )
+    exit_loss: float = _opt(0.01, "share of right answers that early exits may cost")
     exit_epochs: int = _opt(3, "epochs of training for the exits alone")
     threads: int = _opt(1, "threads of onnxruntime while timing")
     n_latency: int = _opt(100, "timings of each network")
@@ -50,98 +91,178 @@ class Config:
     out: str = _opt("runs/demo", "folder of the run; it resumes from here")
 
 # %% ../../nbs/pipeline/96_options.ipynb #9a08bd10
-def config_from(d:dict, # Options by name, as read from JSON
+def config_from(
+    d: dict,  # Options by name, as read from JSON
 ) -> Config:
     "A `Config` from a dictionary. Raises ValueError that names an unknown key and the nearest known one."
-    if not isinstance(d, dict): raise ValueError(f"options are names with values, as in {{\"epochs\": 5}}, not a {type(d).__name__}")
+    if not isinstance(d, dict):
+        raise ValueError(
+            f'options are names with values, as in {{"epochs": 5}}, not a {type(d).__name__}'
+        )
     known = [f.name for f in fields(Config)]
     for k in d:
-        if k in known: continue
+        if k in known:
+            continue
         near = difflib.get_close_matches(k, known, 1)
-        raise ValueError(f"unknown option {k!r}{f', did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}")
+        raise ValueError(
+            f"unknown option {k!r}{f', did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}"
+        )
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
 # %% ../../nbs/pipeline/96_options.ipynb #ae96aefc
-_RANGES = dict(n_train=(1, None), n_test=(1, None), size=(8, 10_000), resize=(8, 10_000), epochs=(0, None), finetune=(0, None), exit_epochs=(1, None),
-               batch=(1, None), w_bits=(2, 8), a_bits=(2, 8), n_calib=(0, None), n_search=(1, None), threads=(1, 256), n_latency=(2, None), seed=(0, None))
-_SHARES = dict(search=("of the latency to stay within", .05), compress=("of the MACs to keep", .05), exit_loss=("of the answers", 0))
+_RANGES = dict(
+    n_train=(1, None),
+    n_test=(1, None),
+    size=(8, 10_000),
+    resize=(8, 10_000),
+    epochs=(0, None),
+    finetune=(0, None),
+    exit_epochs=(1, None),
+    batch=(1, None),
+    w_bits=(2, 8),
+    a_bits=(2, 8),
+    n_calib=(0, None),
+    n_search=(1, None),
+    threads=(1, 256),
+    n_latency=(2, None),
+    seed=(0, None),
+)
+_SHARES = dict(
+    search=("of the latency to stay within", 0.05),
+    compress=("of the MACs to keep", 0.05),
+    exit_loss=("of the answers", 0),
+)
 
 # %% ../../nbs/pipeline/96_options.ipynb #96a00008
-def _optional(f): return f.default is None
+def _optional(f):
+    return f.default is None
 
-def _is_whole(v): return isinstance(v, int) and not isinstance(v, bool)
 
-def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+def _is_whole(v):
+    return isinstance(v, int) and not isinstance(v, bool)
+
+
+def _is_number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
 
 def _check_whole(name, v):
     "A whole number within the option's range"
     least, most = _RANGES[name]
-    if _is_whole(v) and v >= least and (most is None or v <= most): return
-    raise ValueError(f"{name}={v!r}: give a whole number {f'from {least} to {most}' if most else f'of at least {least}'}")
+    if _is_whole(v) and v >= least and (most is None or v <= most):
+        return
+    raise ValueError(
+        f"{name}={v!r}: give a whole number {f'from {least} to {most}' if most else f'of at least {least}'}"
+    )
+
 
 def _check_share(name, v):
     "A share that is not out of reach"
     what, least = _SHARES[name]
-    if _is_number(v) and max(least, 1e-9) <= v < 1: return
-    raise ValueError(f"{name}={v!r}: give the share {what}, {f'at least {least}' if least else 'above 0'} and below 1")
+    if _is_number(v) and max(least, 1e-9) <= v < 1:
+        return
+    raise ValueError(
+        f"{name}={v!r}: give the share {what}, {f'at least {least}' if least else 'above 0'} and below 1"
+    )
+
 
 def _check_text(name, v):
-    if not isinstance(v, str) or not v.strip() or "\0" in v: raise ValueError(f"{name}={v!r}: give a text, or leave it out")
+    if not isinstance(v, str) or not v.strip() or "\0" in v:
+        raise ValueError(f"{name}={v!r}: give a text, or leave it out")
+
 
 def _check_numbers(name, v):
-    if not isinstance(v, (tuple, list)) or not v or not all(map(_is_number, v)): raise ValueError(f"{name}={v!r}: give numbers with commas between them")
-    if name == "std" and min(v) <= 0: raise ValueError(f"std={v!r}: a standard deviation is above 0")
-    if name == "class_index" and not all(map(_is_whole, v)): raise ValueError(f"class_index={v!r}: give whole numbers")
+    if not isinstance(v, (tuple, list)) or not v or not all(map(_is_number, v)):
+        raise ValueError(f"{name}={v!r}: give numbers with commas between them")
+    if name == "std" and min(v) <= 0:
+        raise ValueError(f"std={v!r}: a standard deviation is above 0")
+    if name == "class_index" and not all(map(_is_whole, v)):
+        raise ValueError(f"class_index={v!r}: give whole numbers")
+
 
 def _check_switch(name, v):
-    if not isinstance(v, bool): raise ValueError(f"{name}={v!r}: give true or false")
+    if not isinstance(v, bool):
+        raise ValueError(f"{name}={v!r}: give true or false")
 
-_CHECKS = {int: _check_whole, float: _check_share, str: _check_text, tuple: _check_numbers, bool: _check_switch}
+
+_CHECKS = {
+    int: _check_whole,
+    float: _check_share,
+    str: _check_text,
+    tuple: _check_numbers,
+    bool: _check_switch,
+}
 
 # %% ../../nbs/pipeline/96_options.ipynb #9b2d09f4
 METHODS = ["nearest", "dfq", "adaround"]
 
-def choose_methods(method:str=None, # Names with commas between them; None: by the bits
-    w_bits:int=8, # Bits of the weights
-) -> list: # Names
+
+def choose_methods(
+    method: str = None,  # Names with commas between them; None: by the bits
+    w_bits: int = 8,  # Bits of the weights
+) -> list:  # Names
     "The methods of a run. Raises ValueError that names an unknown or repeated one."
     names = method.split(",") if method else ["nearest" if w_bits == 8 else "adaround"]
     for n in names:
-        if n not in METHODS: raise ValueError(f"unknown method {n!r}: choose {', '.join(METHODS)}, or several with commas between them")
-        if names.count(n) > 1: raise ValueError(f"method={method!r} names {n} {names.count(n)} times: once is enough")
+        if n not in METHODS:
+            raise ValueError(
+                f"unknown method {n!r}: choose {', '.join(METHODS)}, or several with commas between them"
+            )
+        if names.count(n) > 1:
+            raise ValueError(f"method={method!r} names {n} {names.count(n)} times: once is enough")
     return names
 
 # %% ../../nbs/pipeline/96_options.ipynb #f9f6c5a0
-def check_config(config:Config, # What to check
+def check_config(
+    config: Config,  # What to check
 ) -> Config:
-    "The same config, with its options checked. Raises ValueError that names the option, its value and what is allowed."
+    """The same config, with its options checked. Raises ValueError that names the option, its
+    value and what is allowed."""
     for f in fields(Config):
         v = getattr(config, f.name)
-        if v is None and (_optional(f) or f.type in (str, "str")): continue    # what a command does without
+        if v is None and (_optional(f) or f.type in (str, "str")):
+            continue  # what a command does without
         _CHECKS[f.type](f.name, v)
     _check_together(config)
     return config
 
+
 def _check_together(c):
     "Options that don't go with each other"
     if c.search is not None and not c.finetune:
-        raise ValueError("finetune=0, but a network that was searched is put together from parts and needs training: give at least one epoch")
+        raise ValueError(
+            "finetune=0, but a network that was searched is put together from parts and needs "
+            "training: give at least one epoch"
+        )
     if c.exits is not None and "" in (names := [n.strip() for n in c.exits.split(",")]):
         raise ValueError(f"exits={c.exits!r}: give names of modules with commas between them")
-    if c.exits is not None and len(set(names)) < len(names): raise ValueError(f"exits={c.exits!r} names a module twice")
-    if c.mean and c.std and len(c.mean) != len(c.std): raise ValueError(f"mean has {len(c.mean)} numbers, std {len(c.std)}: give one for each channel")
+    if c.exits is not None and len(set(names)) < len(names):
+        raise ValueError(f"exits={c.exits!r} names a module twice")
+    if c.mean and c.std and len(c.mean) != len(c.std):
+        raise ValueError(
+            f"mean has {len(c.mean)} numbers, std {len(c.std)}: give one for each channel"
+        )
     seeing = [m for m in choose_methods(c.method, c.w_bits) if m != "dfq"]
-    if c.n_calib == 0 and seeing: raise ValueError(f"n_calib=0: {seeing[0]} needs images; only method=dfq does without")
-    if c.epochs == 0 and not c.weights: raise ValueError("epochs=0 and no weights: train for at least one epoch, or give a weights file")
+    if c.n_calib == 0 and seeing:
+        raise ValueError(f"n_calib=0: {seeing[0]} needs images; only method=dfq does without")
+    if c.epochs == 0 and not c.weights:
+        raise ValueError(
+            "epochs=0 and no weights: train for at least one epoch, or give a weights file"
+        )
 
 # %% ../../nbs/pipeline/96_options.ipynb #d580102c
-def command(config:Config, # What to do
+def command(
+    config: Config,  # What to do
 ) -> str:
     "The shell command that does it."
     words = ["mep", "run"]
     for f in fields(config):
-        v, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        if v == f.default: continue
-        if isinstance(v, bool): words.append(flag if v else "--no-" + flag[2:])
-        else: words += [flag, ",".join(map(str, v)) if isinstance(v, tuple) else str(v)]
+        v = getattr(config, f.name)
+        flag = "--" + f.name.replace("_", "-")
+        if v == f.default:
+            continue
+        if isinstance(v, bool):
+            words.append(flag if v else "--no-" + flag[2:])
+        else:
+            words += [flag, ",".join(map(str, v)) if isinstance(v, tuple) else str(v)]
     return shlex.join(words)

@@ -1,14 +1,50 @@
-"""Quantization: the grid, a network simulated on integers, data-free quantization, adaptive rounding, learned bit widths, and the INT8 file.
+"""Quantization: the grid, a network simulated on integers, data-free quantization, adaptive
+rounding, learned bit widths, and the INT8 file.
 
-`mep.quant.adaround`, `dfq` and `bayesian_bits` are the methods; what else their modules hold is imported as `from mep.quant.adaround import solve`.
-"""
-# The modules are imported here, and first, because three methods share their module's name: once the module is loaded, the name below stays the method's.
+`mep.quant.adaround`, `dfq` and `bayesian_bits` are the methods; what else their modules
+hold is imported as `from mep.quant.adaround import solve`."""
+
+# The modules are imported here, and first, because three methods share their module's name: once
+# the module is loaded, the name below stays the method's.
 from .grid import Grid, fake_quant, fit_grid, make_grid, minmax_range, mse_range, percentile_range
-from .sim import QuantModel, TraceError, fold_bn, load_quantized, quantize, save_quantized, sensitivity
+from .sim import (
+    QuantModel,
+    TraceError,
+    fold_bn,
+    load_quantized,
+    quantize,
+    save_quantized,
+    sensitivity,
+)
 from .export import Check, MismatchError, export_int8, overflows, without_vnni
 from .dfq import absorb_bias, correct_bias, dfq, equalize
 from .adaround import adaround
 from .bayesian_bits import bayesian_bits
 
-__all__ = ["Check", "Grid", "MismatchError", "QuantModel", "TraceError", "absorb_bias", "adaround", "bayesian_bits", "correct_bias", "dfq", "equalize", "export_int8",
-           "fake_quant", "fit_grid", "fold_bn", "load_quantized", "make_grid", "minmax_range", "mse_range", "overflows", "percentile_range", "quantize", "save_quantized", "sensitivity", "without_vnni"]
+__all__ = [
+    "Check",
+    "Grid",
+    "MismatchError",
+    "QuantModel",
+    "TraceError",
+    "absorb_bias",
+    "adaround",
+    "bayesian_bits",
+    "correct_bias",
+    "dfq",
+    "equalize",
+    "export_int8",
+    "fake_quant",
+    "fit_grid",
+    "fold_bn",
+    "load_quantized",
+    "make_grid",
+    "minmax_range",
+    "mse_range",
+    "overflows",
+    "percentile_range",
+    "quantize",
+    "save_quantized",
+    "sensitivity",
+    "without_vnni",
+]
