@@ -114,6 +114,20 @@ class _State:
         "The neighbour of each weight; 0 where it has none"
         return F.pad(self.q, (0, 1))[..., self.partner]
 
+    def exchanges(self):
+        """For each weight what it changes to move it down and its neighbour up, or the other way
+        round, whichever is better: two at their limit move no other way"""
+        slope = F.pad(self.slope, (0, 1))[..., self.partner]
+        curve = F.pad(self.curve.expand_as(self.q), (0, 1))[..., self.partner]
+        at = torch.arange(self.q.shape[-1], device=self.q.device)
+        both = self.scale**2 * self.f.h[:, at, self.partner][:, None]
+        sign = torch.where(self.slope > slope, -1.0, 1.0)
+        change = self.curve + curve - 2 * both - (self.slope - slope).abs()
+        one = self.q + sign
+        other = self.beside() - sign
+        out = (torch.maximum(one, other) > self.hi) | (torch.minimum(one, other) < self.lo)
+        return sign, change.masked_fill_(out | (self.partner < 0), math.inf)
+
     def move(self, j, step):
         "In each row move weight j [g, r] by `step`, +-1 or 0"
         self.q.scatter_add_(-1, j[..., None], step[..., None])
@@ -140,17 +154,32 @@ def descend(
     f: Quadratic,  # What is to be minimised
     grid: Grid,  # Gives the lowest and highest integer, and the limit for pairs
     taps: int = 1,  # Positions of the kernel: tells which weights are neighbours, if the grid has a `pair_limit`
-) -> Tensor:  # Integers that no single step of 1 improves
-    "The best step of each row, as long as there is one"
+) -> (
+    Tensor
+):  # Integers that no single step of 1 improves, nor an exchange between limited neighbours
+    """The best step of each row, as long as there is one; then, if the grid limits pairs, the best
+    exchange: one neighbour up, the other down, which two at their limit can't do one by one"""
     state = _State(q, scale, f, grid, taps)
     least = 1e-6 * state.curve.mean(-1)
     while True:
         sign, change = state.steps()
         change, j = change.min(-1)
         better = change < -least
-        if not better.any():
+        if better.any():
+            state.move(j, _pick(sign, j) * better)
+        elif state.limit is None or not _exchange(state, least):
             return state.q
-        state.move(j, _pick(sign, j) * better)
+
+
+def _exchange(state, least):
+    "In each row the best exchange between two neighbours; whether any row got better"
+    sign, change = state.exchanges()
+    change, j = change.min(-1)
+    better = change < -least
+    step = _pick(sign, j) * better
+    state.move(j, step)
+    state.move(state.partner[j].clamp(min=0), -step)
+    return better.any()
 
 # %% ../../nbs/quant/33_adaround.ipynb #11883ede
 def feedback(
