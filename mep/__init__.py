@@ -10,6 +10,7 @@ _MODULES = (
     "deploy",
     "store",
     "plot",
+    "ops",
     "graph",
     "moments",
     "nas",

@@ -29,6 +29,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .train import evaluating, sqnr_db
 
+from .ops import is_operator
+
 # %% ../nbs/06_graph.ipynb #b4c01b01
 def resolve(
     model: nn.Module,  # Any network; not changed
@@ -956,9 +958,6 @@ def lockstep(
             p.step(twin, node)
 
 # %% ../nbs/06_graph.ipynb #a9ab110a
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-
-
 def _inputs_at(pairs, node, twin):
     other = _other_summand(node)
     other_twin = _other_summand(twin)
@@ -984,7 +983,7 @@ def _other_summand(node):
     user = next(iter(node.users)) if len(node.users) == 1 else None
     if (
         user is None
-        or not (user.meta.get("kind") == "add" or user.target in _ADDS)
+        or not is_operator(user.graph.owning_module, user, "add")
         or len(user.all_input_nodes) != 2
     ):
         return None

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 
 from ..cost import Profile, profile
 from ..data import Data, calibration
+from ..ops import operator_at
 from ..graph import lockstep, note_shapes, resolve, that_fit, trace, worst_sqnr_db
 from mep.moments import (
     Moments,
@@ -62,8 +63,6 @@ class _Sets:
 # %% ../../nbs/compress/23_channel.ipynb #6c93878b
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM = (nn.modules.batchnorm._NormBase, nn.PReLU)
-_JOIN = set("add iadd add_ sub isub sub_ mul imul mul_ truediv div div_ maximum minimum".split())
-_FLAT = {"flatten", "Flatten", "reshape", "view"}
 
 
 class _Wiring(fx.Interpreter):
@@ -153,7 +152,8 @@ def _grouped(wiring, name, conv, wire):
 
 def _operator(wiring, node, m, out, wires):
     "An operation without weights. None if it doesn't keep channels apart"
-    name = _name(node, m)
+    known = operator_at(wiring.module, node)
+    does = known.channels if known is not None else "mixed"
     sources = [
         n
         for n in node.all_input_nodes
@@ -165,16 +165,16 @@ def _operator(wiring, node, m, out, wires):
         or not all(n in wiring.wires and isinstance(wiring.env[n], Tensor) for n in sources)
     ):
         return
-    if name in ("cat", "concat"):
+    if does == "stacked":
         return (
             sum((wiring.wires[n] for n in node.args[0]), [])
             if _dim(node) in (1, 1 - out.ndim)
             else None
         )
-    if name in _JOIN and len(sources) > 1:
-        return _join(wiring, name, node, out, wires)
-    if name in _FLAT:
-        return _flat(name, node, out, wires[0])
+    if does == "joined" and len(sources) > 1:
+        return _join(wiring, known.name, node, out, wires)
+    if does == "flat":
+        return _flat(_name(node, m), node, out, wires[0])
     if len(sources) == 1 and len(wires[0]) == out.shape[1] and _apart(wiring, node, sources[0]):
         return wires[0]
 
@@ -205,7 +205,7 @@ def _join(wiring, name, node, out, wires):
     ]  # one channel may be stretched over all: it stays
     for ids in zip(*wide):
         wiring.sets.join(ids)
-        if "add" in name:
+        if name == "add":
             wiring.adds[ids[0]] = node.name
     wiring._lock(
         [w for w in wires if len(w) != out.shape[1]], f"{node.name} stretches it over all channels"
@@ -226,20 +226,12 @@ def _flat(name, node, out, wire):
     return [i for i in wire for _ in range(out.shape[1] // len(wire))]
 
 
-_POINTWISE = set(
-    "relu relu_ relu6 ReLU ReLU6 hardtanh Hardtanh clamp clip sigmoid Sigmoid silu SiLU gelu "
-    "GELU hardswish Hardswish hardsigmoid Hardsigmoid tanh Tanh elu ELU "
-    "leaky_relu LeakyReLU softplus Softplus mish Mish Dropout dropout Identity MaxPool2d "
-    "max_pool2d AvgPool2d avg_pool2d AdaptiveAvgPool2d adaptive_avg_pool2d".split()
-)
-
-
 def _apart(wiring, node, source):
     """Whether a channel of the output hangs on the same channel of the input alone. Any two
     channels differ in a binary digit of their numbers: for each digit, those that have it
     are replaced"""
-    m = wiring.fetch_attr(node.target) if node.op == "call_module" else None
-    if _name(node, m) in _POINTWISE:
+    known = operator_at(wiring.module, node)
+    if known is not None and known.channels == "apart":
         return True
     x = wiring.env[source]
     n = x.shape[1]

@@ -32,6 +32,7 @@ from mep.quant.grid import (
     mse_range,
     quantize as to_integers,
 )
+from ..ops import is_operator, module_at
 from mep.quant.sim import (
     Clip,
     QuantAdd,
@@ -41,11 +42,9 @@ from mep.quant.sim import (
     _calibrate,
     _check,
     _device,
-    _module,
     _same,
     _some_images,
     _structure,
-    _what,
     float_costs,
 )
 from ..train import fit, undisturbed
@@ -332,7 +331,7 @@ def _heads(qm):
     heads = set()
     while todo:
         node = todo.pop()
-        if isinstance(_module(qm.net, node), QuantLayer):
+        if isinstance(module_at(qm.net, node), QuantLayer):
             heads.add(node.target)
         else:
             todo += node.all_input_nodes
@@ -632,7 +631,6 @@ def _pruned(m):
 
 
 _SAME = (Quantizer, Clip, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity)
-_FLAT = (nn.Flatten, torch.flatten, "flatten", torch.reshape, "reshape")
 
 
 def _groups(qm):
@@ -648,8 +646,7 @@ def _groups(qm):
 
 def _group(net, node, at):
     shape = node.meta["shape"]
-    m = _module(net, node)
-    what = _what(net, node)
+    m = module_at(net, node)
     before = [at[n] for n in node.all_input_nodes]
     if isinstance(m, QuantLayer):
         grouped = getattr(m.op, "groups", 1) > 1
@@ -663,7 +660,7 @@ def _group(net, node, at):
     elif isinstance(m, _SAME):
         return before[0]
     elif (
-        what in _FLAT
+        is_operator(net, node, "flatten")
         and shape
         and before
         and shape[1] == math.prod(node.all_input_nodes[0].meta["shape"][1:])
@@ -800,7 +797,7 @@ def compact(
     at = _groups(qm)
     keep = {g: _alive(g) for g in set(at.values())}
     for node in qm.net.graph.nodes:
-        m = _module(qm.net, node)
+        m = module_at(qm.net, node)
         if isinstance(m, QuantLayer):
             _cut(m, keep[at[node]], keep[at[node.args[0]]])
         for q in (m, getattr(m, "out", None)):

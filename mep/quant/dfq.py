@@ -19,26 +19,22 @@ from torch import Tensor, fx, nn
 
 from ..moments import image_batches
 from .grid import dequantize
+from ..ops import arguments, is_operator, module_at, operator_at, spelling
 from mep.quant.sim import (
-    _ADD,
     _NORMAL,
-    _NOTHING,
     Clip,
     OnGrid,
     QuantAdd,
     QuantLayer,
     QuantModel,
     Quantizer,
-    _arguments,
     _bypass,
     _call,
     _device,
     _finish,
     _mean,
-    _module,
     _swap,
     _trace,
-    _what,
     fold_bn,
     quantize,
 )
@@ -60,7 +56,7 @@ def prepare(
     raw = _trace(model)
     called = {n.target for n in net.graph.nodes if n.op == "call_module"}
     for node in raw.graph.nodes:
-        bn = _module(raw, node, _BN)
+        bn = module_at(raw, node, _BN)
         if bn is None or bn.running_mean is None:
             continue
         layer = _layer_at(
@@ -106,14 +102,15 @@ def _clips(net):
     """Each call of a clipping activation function gets a `Clip` of its own; what does nothing
     in evaluation mode goes"""
     for node in list(net.graph.nodes):
-        what = _what(net, node)
-        if what in _NOTHING:
+        what = spelling(net, node)
+        known = operator_at(net, node)
+        if known is not None and known.integer == "nothing":
             _bypass(node)
         elif what in ("mean", torch.mean):
             _mean(net, node)
         elif what in _NORMAL and not isinstance(what, Clip):
             make, names = _NORMAL[what]
-            values = _arguments(net, node, names)
+            values = arguments(net, node, names)
             if not any(isinstance(v, fx.Node) for v in values.values()):
                 _swap(node, _call(net, node, make(**values), node.args[0]))
     return _finish(net)
@@ -152,7 +149,7 @@ def _find(net):
     pairs = []
     refused = {}
     for node in net.graph.nodes:
-        if _module(net, node, _LAYERS) is None:
+        if module_at(net, node, _LAYERS) is None:
             continue
         end = _follow(net, node)
         if isinstance(end, str):
@@ -165,7 +162,7 @@ def _find(net):
 def _follow(net, node):
     "The nodes from a layer (without it) to the layer that reads it, or the reason why there is no such path"
     path = []
-    first = _module(net, node)
+    first = module_at(net, node)
     while True:
         users = [u for u in node.users if u.target not in ("size", "dim", getattr)]
         if len(users) != 1:
@@ -178,44 +175,20 @@ def _follow(net, node):
         path = path + users
         if node.op == "output":
             return "it is the network's output"
-        if _module(net, node, _LAYERS):
+        if module_at(net, node, _LAYERS):
             return _mismatch(net, first, path) or path
         if why := _opaque(net, node):
             return why
 
 # %% ../../nbs/quant/32_dfq.ipynb #31f1b1d9
-_POOLS = (
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    F.avg_pool1d,
-    F.adaptive_avg_pool1d,
-)
-_MAX = (
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d,
-    F.max_pool1d,
-    F.adaptive_max_pool2d,
-)
-_LEAKY = (nn.LeakyReLU, nn.PReLU)
-_RESIZE = (nn.Upsample, F.interpolate)
-
-
 def _flattens(net, node):
     "Whether a node makes [N, C, H, W] into [N, C H W]"
-    what = _what(net, node)
-    m = _module(net, node)
+    what = spelling(net, node)
+    m = module_at(net, node)
     if what is nn.Flatten:
         return (m.start_dim, m.end_dim) == (1, -1)
     if what in (torch.flatten, "flatten"):
-        return _arguments(net, node, ("start_dim", "end_dim")) in (
+        return arguments(net, node, ("start_dim", "end_dim")) in (
             {"start_dim": 1},
             {"start_dim": 1, "end_dim": -1},
         )
@@ -229,12 +202,13 @@ def _flattens(net, node):
 
 def _opaque(net, node):
     "Why a node doesn't let a factor per channel through; None if it does"
-    what = _what(net, node)
-    if what in (Clip, *_LEAKY, *_POOLS, *_MAX, *_RESIZE) or _flattens(net, node):
+    what = spelling(net, node)
+    known = operator_at(net, node)
+    if known is not None and known.factor or _flattens(net, node):
         return None
     if what in _BN:
         return f"the batch norm {node.target} could not be folded"
-    if what in (*_ADD, torch.cat, torch.concat):
+    if known is not None and known.name in ("add", "concatenate"):
         return f"it meets another branch in {node.name}"
     return (
         f"{node.target if isinstance(node.target, str) else node.name} "
@@ -245,18 +219,18 @@ def _opaque(net, node):
 def _mismatch(net, first, path):
     "Why the reading layer's inputs are not the writing layer's channels; None if they are"
     *between, last = path
-    second = _module(net, last)
+    second = module_at(net, last)
     flat = any(_flattens(net, n) for n in between)
     if isinstance(first, nn.Linear):
         if not isinstance(second, nn.Linear) or any(
-            _what(net, n) not in (Clip, nn.LeakyReLU) for n in between
+            spelling(net, n) not in (Clip, nn.LeakyReLU) for n in between
         ):
             return f"its channels are rearranged before {last.target}"
         if any(
             o.isfinite() and o != 0
             for n in between
-            if _what(net, n) is Clip
-            for o in (_module(net, n).lo.max(), _module(net, n).hi.max())
+            if spelling(net, n) is Clip
+            for o in (module_at(net, n).lo.max(), module_at(net, n).hi.max())
         ):
             return "a cap per channel can't follow a linear layer"
     elif isinstance(second, nn.Linear) and not flat:
@@ -294,7 +268,7 @@ class _Widths:
 def _bounds(net, pair):
     "What the activation function between a pair leaves, lowest and highest"
     nodes = {n.name: n for n in net.graph.nodes}
-    clips = [c for name in pair.between if (c := _module(net, nodes[name], Clip)) is not None]
+    clips = [c for name in pair.between if (c := module_at(net, nodes[name], Clip)) is not None]
     return (
         (clips[0].lo.double().cpu(), clips[0].hi.double().cpu())
         if clips
@@ -367,7 +341,7 @@ def _rescale(net, pair, s):
     for name in pair.between:
         if _flattens(net, nodes[name]):
             s = s.repeat_interleave(second.in_features // len(s))
-        clip = _module(net, nodes[name], Clip)
+        clip = module_at(net, nodes[name], Clip)
         if clip is not None:
             clip.lo, clip.hi = _over(clip.lo, s), _over(clip.hi, s)
 
@@ -460,16 +434,31 @@ def _shiftable(net, pair, padded):
     if (
         not _known(first)
         or not between
-        or _what(net, between[0]) is not Clip
-        or (_module(net, between[0]).lo != 0).any()
+        or spelling(net, between[0]) is not Clip
+        or (module_at(net, between[0]).lo != 0).any()
     ):
         return False
-    pads = [second] if not padded else []
-    for n in between[1:]:
-        if _what(net, n) not in (*_POOLS, *_MAX) and not _flattens(net, n):
-            return False
-        pads.append(_module(net, n))
-    return not any(any(_tuple(getattr(m, "padding", 0))) for m in pads)
+    through = between[1:]
+    if not all(
+        is_operator(net, n, "average pool", "max pool") or _flattens(net, n) for n in through
+    ):
+        return False
+    return not any(_pads(net, n) for n in through) and (
+        padded or not _pads_zeros(getattr(second, "padding", 0))
+    )
+
+
+def _pads(net, node):
+    "Whether a pool, called as a module or as a function, pads its input"
+    module = module_at(net, node)
+    if module is not None:
+        return _pads_zeros(getattr(module, "padding", 0))
+    given = arguments(net, node, ("kernel_size", "stride", "padding"))
+    return _pads_zeros(given.get("padding", 0))
+
+
+def _pads_zeros(padding):
+    return any(_tuple(padding))
 
 
 def _tuple(p):
@@ -481,7 +470,7 @@ def _shift(net, pair, n_std):
     first = net.get_submodule(pair.first)
     second = net.get_submodule(pair.second)
     nodes = {n.name: n for n in net.graph.nodes}
-    clip = _module(net, nodes[pair.between[0]])
+    clip = module_at(net, nodes[pair.between[0]])
     c = torch.minimum((first.out_mean - n_std * first.out_std).clamp(min=0), clip.hi)
     first.bias = nn.Parameter(first.bias - c)
     _remember(first, first.out_mean - c, first.out_std)
@@ -529,17 +518,16 @@ class _Means:
                     else (torch.as_tensor(input_mean, dtype=torch.float32), None)
                 )
             elif node.op != "output":
-                self.value[node] = self.after(node, _module(self.net, node))
+                self.value[node] = self.after(node, module_at(self.net, node))
 
     def after(self, node, m):
         "The statistics behind a node"
-        what = _what(self.net, node)
         inputs = [self.value.get(n) for n in node.all_input_nodes]
         if isinstance(m, QuantLayer):
             return _clipped(self.layer(node, m, inputs[0]), m.out.clip)
         if not inputs or any(v is None for v in inputs):
             return None
-        if isinstance(m, QuantAdd) or what in _ADD:
+        if is_operator(self.net, node, "add"):
             return (
                 _clipped((sum(v[0] for v in inputs), None), m.out.clip if m else None)
                 if len(inputs) == 2
@@ -547,7 +535,7 @@ class _Means:
             )
         if isinstance(m, (Quantizer, Clip)):
             return _clipped(inputs[0], m.clip if isinstance(m, Quantizer) else m)
-        if what in _POOLS and not any(_tuple(getattr(m, "padding", 0))):
+        if is_operator(self.net, node, "average pool") and not _pads(self.net, node):
             return inputs[0][0], None
         return inputs[0] if _flattens(self.net, node) else None
 
@@ -629,7 +617,7 @@ def correct_bias(
         known = {} if method == "empirical" else _Means(qm, input_mean).shift
         if calib is None or method == "analytic":
             for node, shift in known.items():
-                _subtract(_module(qm.net, node).op, shift)
+                _subtract(module_at(qm.net, node).op, shift)
         else:
             _measure(qm, torch.cat(image_batches(calib)), known)
     return qm
@@ -662,13 +650,13 @@ def _measure(qm, x, known):
         _subtract(m.op, torch.zeros(len(m.weight), device=m.weight.device))
     a, b = (_side(m.net, x) for m in (exact, qm))
     for left, right in zip(exact.net.graph.nodes, qm.net.graph.nodes):
-        layer = _module(qm.net, right, QuantLayer)
+        layer = module_at(qm.net, right, QuantLayer)
         if layer is not None:
             shift = (
                 known[right]
                 if right in known
                 else _moved(
-                    _module(exact.net, left), layer, a.env[left.args[0]], b.env[right.args[0]]
+                    module_at(exact.net, left), layer, a.env[left.args[0]], b.env[right.args[0]]
                 )
             )
             _subtract(layer.op, shift)

@@ -36,6 +36,16 @@ from mep.quant.grid import (
 )
 from ..cost import Profile, profile
 from ..graph import TraceError, add_module, note_shapes, resolve, tensors, trace, worst_sqnr_db
+from mep.ops import (
+    Operator,
+    arguments,
+    is_activation,
+    module_at,
+    operator_at,
+    operators,
+    register,
+    spelling,
+)
 from ..moments import image_batches
 from ..store import load as load_tensors, save as save_tensors
 from ..train import evaluating, progress_bar
@@ -356,16 +366,6 @@ def _fma(x, y, z):
 def _trace(model, x=None):
     return trace(model, (Clip, OnGrid, _Pair), x)
 
-
-def _module(net, node, types=nn.Module):
-    "The module that a node calls, if it is one of `types`"
-    m = (
-        net.get_submodule(node.target)
-        if isinstance(node, fx.Node) and node.op == "call_module"
-        else None
-    )
-    return m if isinstance(m, types) else None
-
 # %% ../../nbs/quant/31_sim.ipynb #dacacbda
 def fold_bn(
     model: nn.Module,  # Any network that torch.fx can trace; not changed
@@ -381,10 +381,10 @@ def fold_bn(
         note_shapes(net, x)
     _layers_from_functions(_fixed(net))
     for node in list(net.graph.nodes):
-        bn = _module(net, node, _BatchNorm)
+        bn = module_at(net, node, _BatchNorm)
         if bn is None or bn.running_mean is None:
             continue
-        layer = _module(net, node.args[0], (*_CONV, nn.Linear))
+        layer = module_at(net, node.args[0], (*_CONV, nn.Linear))
         tokens = isinstance(layer, nn.Linear) and (
             len(layer.weight) != bn.num_features or len(node.meta.get("shape") or (1, 1)) != 2
         )
@@ -637,43 +637,9 @@ _NORMAL = {  # functions, methods and modules -> the module that stands for all 
         "return_indices",
     ),
 }
-_NOTHING = (
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    "contiguous",
-    "clone",
-    torch.clone,
-    "detach",
-    torch.detach,
-)
 _CONVERT = ("to", "float", "cpu", "cuda", "type", "type_as")
 
 # %% ../../nbs/quant/31_sim.ipynb #7787bd7a
-def _what(net, node):
-    "The class of the module that a node calls, else its function, or its method's name"
-    m = _module(net, node)
-    return node.target if m is None else type(m)
-
-
-def _arguments(net, node, names):
-    "The arguments after the first, by name; a module keeps them as attributes"
-    m = _module(net, node)
-    if m is not None:
-        return {n: getattr(m, n) for n in names}
-    return dict(zip(names, node.args[1:])) | {k: v for k, v in node.kwargs.items() if k in names}
-
-
 def _call(net, node, module, *args):
     "A new node after `node` that calls `module`"
     with net.graph.inserting_after(node):
@@ -687,9 +653,9 @@ def _swap(node, new):
 # %% ../../nbs/quant/31_sim.ipynb #1a883f87
 def _normalize(net):
     for node in list(net.graph.nodes):
-        what = _what(net, node)
+        what = spelling(net, node)
         if (
-            what in _NOTHING
+            _does_nothing(net, node)
             or getattr(what, "__name__", "") == "stochastic_depth"
             or _converts_nothing(node, what)
         ):
@@ -702,7 +668,7 @@ def _normalize(net):
             make, names = _NORMAL[what]
             values = {
                 k: v.meta.get("value", v) if isinstance(v, fx.Node) else v
-                for k, v in _arguments(net, node, names).items()
+                for k, v in arguments(net, node, names).items()
             }
             if any(isinstance(v, fx.Node) for v in values.values()):
                 continue  # computed from data
@@ -711,12 +677,17 @@ def _normalize(net):
             else:
                 _swap(node, _call(net, node, make(**values), node.args[0]))
     for node in list(net.graph.nodes):
-        if _module(net, node, (nn.Hardswish, nn.SiLU)):
+        if module_at(net, node, (nn.Hardswish, nn.SiLU)):
             _product(net, node)
     for node in list(net.graph.nodes):
-        if _module(net, node, nn.Hardsigmoid):
+        if module_at(net, node, nn.Hardsigmoid):
             _into_layer(net, node)
     return _finish(net)
+
+
+def _does_nothing(net, node):
+    known = operator_at(net, node)
+    return known is not None and known.integer == "nothing"
 
 
 def _converts_nothing(node, what):
@@ -729,7 +700,7 @@ def _converts_nothing(node, what):
 # %% ../../nbs/quant/31_sim.ipynb #09220fb0
 def _mean(net, node):
     "The mean over height and width is a pool"
-    v = _arguments(net, node, ("dim", "keepdim"))
+    v = arguments(net, node, ("dim", "keepdim"))
     dim = v["dim"] if isinstance(v.get("dim"), (tuple, list)) else ()
     if sorted(dim) not in ([2, 3], [-2, -1]) or _n_dims(net, node.args[0]) != 4:
         return
@@ -741,7 +712,7 @@ def _n_dims(net, node):
     "How many dimensions a tensor has: as noted, or as the layer that wrote it tells"
     if node.meta.get("shape"):
         return len(node.meta["shape"])
-    if isinstance(m := _module(net, node), (*_CONV, _BatchNorm)):
+    if isinstance(m := module_at(net, node), (*_CONV, _BatchNorm)):
         return next((n for c, n in _DIMS if isinstance(m, c)), 4)
     before = node.all_input_nodes
     return _n_dims(net, before[0]) if before else 4
@@ -751,7 +722,7 @@ _DIMS = ((nn.Conv1d, 3), (nn.Conv3d, 5), (nn.BatchNorm1d, 3), (nn.BatchNorm3d, 5
 
 
 def _product(net, node):
-    hard = _module(net, node, nn.Hardswish) is not None
+    hard = module_at(net, node, nn.Hardswish) is not None
     x = node.args[0]
     if hard:
         x = _call(net, node, Clip(-3), x)
@@ -761,7 +732,7 @@ def _product(net, node):
 
 
 def _into_layer(net, node):
-    layer = _module(net, node.args[0], (*_CONV, nn.Linear))
+    layer = module_at(net, node.args[0], (*_CONV, nn.Linear))
     if layer is None or len(node.args[0].users) > 1:
         return
     bias = (
@@ -774,48 +745,11 @@ def _into_layer(net, node):
     net.set_submodule(node.target, Clip(0, 1))
 
 # %% ../../nbs/quant/31_sim.ipynb #1628ddf2
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-_MUL = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_CAT = (torch.cat, torch.concat)
-_PASS = (
-    nn.MaxPool2d,
-    nn.Flatten,
-    torch.flatten,
-    "flatten",
-    torch.reshape,
-    "reshape",
-    torch.squeeze,
-    "squeeze",
-    torch.unsqueeze,
-    "unsqueeze",
-    torch.transpose,
-    "transpose",
-    torch.permute,
-    "permute",
-    torch.chunk,
-    "chunk",
-    torch.split,
-    "split",
-    torch.flip,
-    "flip",
-    nn.PixelShuffle,
-    F.pixel_shuffle,
-    nn.ChannelShuffle,
-    nn.ZeroPad2d,
-    nn.UpsamplingNearest2d,
+register(
+    Operator("clip", (Clip,), "clip", factor=True, channels="apart"),
+    replace(operators()["add"], spellings=(QuantAdd,)),
+    replace(operators()["multiply"], spellings=(QuantMul,)),
 )
-_KINDS = {
-    **dict.fromkeys((*_CONV, nn.Linear), "layer"),
-    **dict.fromkeys(_ADD, "add"),
-    **dict.fromkeys(_MUL, "multiply"),
-    **dict.fromkeys(_CAT, "concatenate"),
-    **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), "pool"),
-    **dict.fromkeys(_PASS, "pass"),
-    Clip: "clip",
-    nn.Sigmoid: "sigmoid",
-    nn.Hardsigmoid: "hard-sigmoid",
-    nn.LeakyReLU: "leaky ReLU",
-}
 
 # %% ../../nbs/quant/31_sim.ipynb #a45f2caa
 def _annotate(net, x):
@@ -831,58 +765,25 @@ def _annotate(net, x):
 def _kind(net, node):
     if node.op in ("output", "get_attr") or not (node.meta["shape"] or node.meta["parts"]):
         return None
-    what = _what(net, node)
-    if what is operator.getitem:
-        return (
-            "pass" if node.args[0].meta["kind"] == "pass" or node.args[0].meta["shape"] else "float"
-        )
-    if what is F.pad:
-        return "pass" if _pads_zeros(_arguments(net, node, ("pad", "mode", "value"))) else "float"
-    if what in (F.interpolate, nn.Upsample):
-        return (
-            "pass"
-            if _arguments(net, node, ("size", "scale_factor", "mode")).get("mode", "nearest")
-            == "nearest"
-            else "float"
-        )
-    return _KINDS.get(what, "float")
+    known = operator_at(net, node)
+    if known is None or known.integer == "nothing":
+        return "float"
+    return known.integer(net, node) if callable(known.integer) else known.integer
 
 
 def _why_float(net, node):
     "The reason why an operator can't run on integers; None if it can"
-    kind = node.meta["kind"]
-    m = _module(net, node)
-    if kind == "float":
+    if node.meta["kind"] == "float":
         return "no integer kernel"
-    if kind in ("add", "multiply") and (
-        len(node.args) != 2 or node.kwargs or not all(_is_activation(a) for a in node.args)
-    ):
-        return "not of two activations"
-    if kind == "layer" and getattr(m, "padding_mode", "zeros") != "zeros":
-        return f"padding_mode={m.padding_mode!r}"
-    if isinstance(m, nn.Linear) and len(node.meta["shape"]) != 2:
-        return f"a linear layer on {len(node.meta['shape'])} dimensions"
-    if isinstance(m, nn.AvgPool2d) and (m.ceil_mode or m.divisor_override):
-        return "ceil_mode or divisor_override"
-    if isinstance(m, nn.AdaptiveAvgPool2d) and any(
-        i % o for i, o in zip(node.args[0].meta["shape"][2:], node.meta["shape"][2:])
-    ):
-        return "windows of unequal size"
-
-
-def _pads_zeros(v):
-    return v.get("mode", "constant") == "constant" and not v.get("value")
-
-
-def _is_activation(a):
-    return isinstance(a, fx.Node) and a.op != "get_attr" and bool(a.meta["shape"])
+    refuses = operator_at(net, node).refuses
+    return refuses(net, node) if refuses else None
 
 # %% ../../nbs/quant/31_sim.ipynb #49dd1ee3
 def _fuse_clips(net):
     for node in list(net.graph.nodes):
         if node.meta["kind"] != "clip":
             continue
-        clip = _module(net, node)
+        clip = module_at(net, node)
         at = node.args[0]
         while (
             at.meta["kind"] == "pass" and len(at.users) == 1 and not (clip.lo.ndim or clip.hi.ndim)
@@ -908,7 +809,7 @@ def _place(net, bits):
         n for n in nodes if n.meta["kind"] not in (None, "input", "pass") and not n.meta["why"]
     ]
     needed = {_root(i) for n in integer for i in _inputs(n)} | {
-        n for n in integer if not _module(net, n, nn.Linear)
+        n for n in integer if not module_at(net, n, nn.Linear)
     }
     for n in nodes:
         if n not in needed and n not in integer and "clip" not in n.meta:
@@ -919,7 +820,7 @@ def _place(net, bits):
             _append(net, n, at[n])
         elif n.meta["kind"] == "layer":
             net.set_submodule(
-                n.target, QuantLayer(_module(net, n), w_bits, at.get(_root(n.args[0])), at[n])
+                n.target, QuantLayer(module_at(net, n), w_bits, at.get(_root(n.args[0])), at[n])
             )
         else:
             n.target = _register(
@@ -1372,7 +1273,7 @@ def _warn_if_lost(qm, device, memory):
 # %% ../../nbs/quant/31_sim.ipynb #808c08d9
 def _source(net, node):
     "The quantizer that a node's input comes from"
-    while not (isinstance(m := _module(net, node), Quantizer) or hasattr(m, "out")):
+    while not (isinstance(m := module_at(net, node), Quantizer) or hasattr(m, "out")):
         node = node.args[0]
     return m if isinstance(m, Quantizer) else m.out
 
@@ -1405,8 +1306,8 @@ def _avoid_all_ties(net):
     """Sigmoids, sums and products round alike everywhere if no result is near a tie: 6 digits
     of a sigmoid, or the roundings inside a sum, make the difference"""
     for node in net.graph.nodes:
-        m = _module(net, node)
-        if isinstance(m, Quantizer) and m.on and _module(net, node.args[0], nn.Sigmoid):
+        m = module_at(net, node)
+        if isinstance(m, Quantizer) and m.on and module_at(net, node.args[0], nn.Sigmoid):
             source = _source(net, node.args[0])
             if source.on:
                 _avoid_ties(m, _all_numbers(source).sigmoid(), 2e-4)
