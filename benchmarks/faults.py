@@ -162,12 +162,16 @@ def attempt(job, folder, limit=None):
         time.sleep(0.002)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise RuntimeError((folder / "error.txt").read_text())
-    return os.WIFSIGNALED(status), seconds
+    died = os.WIFSIGNALED(status)
+    if died and os.WTERMSIG(status) != signal.SIGKILL:
+        raise RuntimeError(f"the job ended by signal {os.WTERMSIG(status)}, which nobody sent")
+    return died, seconds
 
 
 def _child(job, folder):
     status = 1
     try:
+        torch.set_num_threads(1)  # not before the fork: the pool that it makes would be shared
         warnings.simplefilter("ignore")
         with contextlib.redirect_stdout(io.StringIO()):
             job(folder)
@@ -426,7 +430,6 @@ def main():
         "--out", type=Path, default=HERE / "results" / "faults.json", help="the file it writes"
     )
     a = p.parse_args()
-    torch.set_num_threads(1)
     kills = {name: int(n) for name, n in (word.split("=") for word in a.kills.split(","))}
     result = dict(
         what="jobs killed at random moments, files spoilt, options fuzzed",
@@ -439,6 +442,7 @@ def main():
     for name, n in kills.items():  # before anything trains in this process
         result["kills"].append(killed(name, n))
         _keep(result, a.out)
+    torch.set_num_threads(1)
     result["fuzz"] = fuzzed(a.options)
     _keep(result, a.out)
     result["damages"] = damaged(a.damages) if a.damages else {}

@@ -1374,8 +1374,7 @@ def _at_work(state, force):
     claim(state.folder, "store", force=force)
     with state.store.lock():
         claim(state.folder, *_FOLDERS, *files, force=force)
-        for name in _FOLDERS:
-            clean(state.folder / name)
+        clean(state.folder)
         for name in files:
             check_writable(state.folder / name)
         yield
