@@ -72,9 +72,8 @@ class Operator:
 
     name: str  # In plain words, as reports say it
     spellings: tuple  # Classes of modules, functions, and names of tensors' methods
-    integer: str | Callable = (
-        "float"  # One of `INTEGER`, or a function of (net, node) that says which
-    )
+    # One of `INTEGER`, or a function of (net, node) that says which
+    integer: str | Callable = "float"
     factor: bool = False  # Whether a positive factor per channel passes through
     channels: str = "mixed"  # One of `CHANNELS`
     refuses: Callable | None = None  # Of (net, node): why this one stays in float; None: it needn't

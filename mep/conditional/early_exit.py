@@ -565,9 +565,8 @@ class Exits(NamedTuple):
     confidence: Tensor  # [exits, N]
     right: Tensor  # [exits, N], bool
     costs: list  # Of leaving at each exit: MACs, or milliseconds
-    expected: Tensor | None = (
-        None  # [exits, N]: how probable it is that the answer is right, in the exit's own words
-    )
+    # [exits, N]: how probable it is that the answer is right, in the exit's own words
+    expected: Tensor | None = None
 
     def leave(self, thresholds) -> Tensor:
         "The exit at which each sample leaves [N]"

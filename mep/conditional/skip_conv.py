@@ -397,9 +397,8 @@ def skip_convert(
 # %% ../../nbs/conditional/42_skip_conv.ipynb #6837a643
 def work(
     net: SkipNet,  # After some frames
-) -> (
-    Tensor
-):  # 1 is what the network would do frame by frame; with a slope after a clip in training mode
+    # 1 is what the network would do frame by frame; with a slope after a clip in training mode
+) -> Tensor:
     """Share of the skip-convolutions' MACs that were computed since the last reset, gates
     included. Raises ValueError before any frame."""
     layers = [m for m in net.layers().values() if m.shares]
@@ -580,9 +579,8 @@ def train_gates(
         )
     exact = frame_by_frame(net, clips)
     net = copy.deepcopy(net).eval()
-    net.training = (
-        True  # only the top and the skip-convolutions: batch norm and dropout stay in eval mode
-    )
+    # only the top and the skip-convolutions: batch norm and dropout stay in eval mode
+    net.training = True
     for m in net.layers().values():
         m.train()
     for n, p in net.named_parameters():

@@ -221,9 +221,8 @@ def measured_front(
     deployment: Deployment = Deployment(),  # Where the networks are to run
     share: float = 1.0,  # Of the reference's latency, at most
     store: Store | None = None,  # Keeps what was measured
-) -> (
-    tuple
-):  # The front, its latencies measured; the table that foretold them; the reference's milliseconds
+    # The front, its latencies measured; the table that foretold them; the reference's milliseconds
+) -> tuple:
     """Search by a table of block latencies, then measure the networks found. Raises ValueError
     for a share that no network reaches."""
     measured = Measured(space, deployment, store)

@@ -180,9 +180,8 @@ class AccuracyPredictor:
     @property
     def terms(
         self,
-    ) -> (
-        list | None
-    ):  # An array for each block, a number for each option: predict = link(intercept + sum)
+        # An array for each block, a number for each option: predict = link(intercept + sum)
+    ) -> list | None:
         "What each option adds; None if blocks don't add up."
         if self.extra or self.kind not in ("log", "raw"):
             return None

@@ -154,9 +154,8 @@ def descend(
     f: Quadratic,  # What is to be minimised
     grid: Grid,  # Gives the lowest and highest integer, and the limit for pairs
     taps: int = 1,  # Positions of the kernel: tells which weights are neighbours, if the grid has a `pair_limit`
-) -> (
-    Tensor
-):  # Integers that no single step of 1 improves, nor an exchange between limited neighbours
+    # Integers that no single step of 1 improves, nor an exchange between limited neighbours
+) -> Tensor:
     """The best step of each row, as long as there is one; then, if the grid limits pairs, the best
     exchange: one neighbour up, the other down, which two at their limit can't do one by one"""
     state = _State(q, scale, f, grid, taps)

@@ -779,9 +779,8 @@ def _macs_left(m, out, into):
 # %% ../../nbs/quant/34_bayesian_bits.ipynb #41d15d1c
 def compact(
     qmodel: QuantModel,  # Of `bayesian_bits`; not changed
-) -> (
-    QuantModel
-):  # The same function, for `export_int8`, but for 8-bit weights that become neighbours
+    # The same function, for `export_int8`, but for 8-bit weights that become neighbours
+) -> QuantModel:
     """The network without its dead channels and with 16 bits as float. It can't be saved by
     `save_quantized`: compact after loading.
 

@@ -24,7 +24,6 @@ from mep.quant.sim import (
     _NORMAL,
     Clip,
     OnGrid,
-    QuantAdd,
     QuantLayer,
     QuantModel,
     Quantizer,

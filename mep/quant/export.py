@@ -39,7 +39,6 @@ from mep.quant.sim import (
     QuantModel,
     QuantMul,
     Quantizer,
-    _inputs,
     _logits,
     integer_share,
 )
@@ -642,9 +641,9 @@ class Check:
     # Pairs of weights whose sums x86 processors without VNNI get wrong, in the file; 0: right on
     # every processor
     overflows: int
-    float_db: float | None = (
-        None  # Of the simulation's output against the float network's, on the same images; None: not known
-    )
+    # Of the simulation's output against the float network's, on the same images; None: not
+    # known
+    float_db: float | None = None
 
     def __repr__(self):
         agree = (

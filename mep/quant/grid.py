@@ -39,9 +39,8 @@ class Grid:
     signed: bool = False  # Whether half of the integers are negative
     axis: int | None = None  # Dimension of the channels; None: one scale for all
     narrow: bool = False  # Leave out the lowest signed integer
-    pair_limit: int | None = (
-        None  # Of a weight: what two neighbours may add up to (last section); None: anything
-    )
+    # Of a weight: what two neighbours may add up to (last section); None: anything
+    pair_limit: int | None = None
 
     def __post_init__(self):
         _check(self)

@@ -12,7 +12,6 @@ import copy
 import difflib
 import fnmatch
 import math
-import operator
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -39,7 +38,6 @@ from ..graph import TraceError, add_module, note_shapes, resolve, tensors, trace
 from mep.ops import (
     Operator,
     arguments,
-    is_activation,
     module_at,
     operator_at,
     operators,
