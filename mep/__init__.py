@@ -12,6 +12,7 @@ _MODULES = (
     "plot",
     "graph",
     "moments",
+    "registry",
     "nas",
     "compress",
     "quant",

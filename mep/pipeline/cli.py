@@ -127,9 +127,7 @@ def _quantize(a):
     from mep.pipeline.convert import check_apart, convert, open_network
 
     config = _config(a, w_bits=a.bits)
-    check_apart(
-        {"--output": a.output}, {"--weights": config.weights, "--model": _code(config.model)}
-    )
+    check_apart({"--output": a.output}, _inputs(config))
     net, data = open_network(config, a.input)
     options = {k: getattr(config, k) for k in _CONVERT}
     _print(
@@ -150,7 +148,7 @@ def _compress(a):
         )
     check_apart(
         {"--output": a.output, "--weights-out": a.weights_out},
-        {"--weights": config.weights, "--model": _code(config.model)},
+        _inputs(config),
     )
     net, data = open_network(config)
     options = {k: getattr(config, k) for k in _SHRINK}
@@ -231,10 +229,14 @@ def _config(a, **defaults):
     )
 
 
-def _code(model):
-    "The file of FILE.py:FUNCTION, or None."
-    file = str(model).rpartition(":")[0]
-    return file if file.endswith(".py") else None
+def _inputs(config):
+    "Option -> the file that is read for it, or None."
+    from mep.registry import split_name
+
+    code = {k: split_name(getattr(config, k)) for k in ("model", "data")}
+    return {"--weights": config.weights} | {
+        f"--{k}": found and found[0] for k, found in code.items()
+    }
 
 
 def _print(report, as_json):
@@ -331,18 +333,13 @@ def _report(a):
 
 def _data(a):
     "The data sets that can be named."
-    for name, what in _ABOUT.items():
+    from mep.registry import registered
+
+    for name, what in registered("mep.data", "dataset").items():
         print(f"{name:14} {what}")
-
-
-_ABOUT = dict(
-    shapes="textured shapes on cluttered backgrounds, 32 px, made on the spot",
-    digits="scikit-learn's handwritten digits, 8 px, no download",
-    fashion_mnist="Fashion-MNIST, 28 px, from --root, $MEP_DATA or downloaded",
-    cifar10="CIFAR-10, 32 px, likewise",
-    imagenette="ten classes of ImageNet, 160 px, likewise",
-    folder="folder:PATH, a folder of yours with one folder of images per class",
-)
+    print(
+        "or FILE.py:FUNCTION, a function of yours that returns a mep.data.Data or mep.data.Source"
+    )
 
 
 def _version(a):
@@ -419,7 +416,7 @@ def _file_options(p, *names):
         Config,
         names,
         dict(
-            data="data set: a name that `mep data` lists, or folder:PATH",
+            data="data set: a name that `mep data` lists, folder:PATH or FILE.py:FUNCTION",
             weights="its weights: .safetensors, a torch state dict, or what --weights-out wrote",
         ),
     )

@@ -75,6 +75,7 @@ from mep.quant.sim import (
     save_quantized,
     sensitivity,
 )
+from ..registry import code_hash, split_name
 from mep.store import (
     Artifact,
     Store,
@@ -158,7 +159,7 @@ class State:
 
     def part(self, **options):
         "Begin one of several results of the stage. `options` replace the stage's own, and name the result."
-        given = {k: _identity(v) for k, v in (self.options | options).items()}
+        given = {k: _identity(k, v) for k, v in (self.options | options).items()}
         self.began = time.perf_counter()
         self.key = f"{self.stage}-{content_hash([self.before, self.stage, given])[:16]}"
         self.label = " ".join([self.stage, *options.values()])
@@ -212,13 +213,12 @@ def _sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _identity(v):
+def _identity(option, v):
     "What an option means: of a file its content, so that a moved file is the same and an edited one is not."
     if not isinstance(v, str):
         return v
-    file, _, function = v.rpartition(":")
-    if file.endswith(".py") and Path(file).is_file():
-        return code_identity(Path(file), function)
+    if split_name(v) and split_name(v)[0].is_file():
+        return code_identity(*split_name(v)) if option == "model" else code_hash(v)
     return _sha256(v) if Path(v).is_file() else v
 
 

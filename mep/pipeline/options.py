@@ -20,7 +20,10 @@ def _opt(default, help):
 class Config:
     "What a run does. Every field is an option of the shell command `mep run`."
 
-    data: str = _opt("shapes", "data set: a name that `mep data` lists, or folder:PATH")
+    data: str = _opt(
+        "shapes",
+        "data set: a name that `mep data` lists, folder:PATH or FILE.py:FUNCTION, a file that is run",
+    )
     root: str = _opt(None, "folder that holds the data sets (default: $MEP_DATA)")
     n_train: int = _opt(None, "number of training images (default: all)")
     n_test: int = _opt(None, "number of test images (default: all)")
