@@ -233,7 +233,7 @@ def _inputs(config):
     "Option -> the file that is read for it, or None."
     from mep.registry import split_name
 
-    code = {k: split_name(getattr(config, k)) for k in ("model", "data")}
+    code = {k: split_name(getattr(config, k)) for k in ("model", "data", "method")}
     return {"--weights": config.weights} | {
         f"--{k}": found and found[0] for k, found in code.items()
     }
@@ -356,6 +356,7 @@ EXAMPLES = """examples:
   mep run --model torchvision:mobilenet_v2 --weights mobilenet_v2.pth --data imagenette --out runs/mine
   mep run --config runs/fashion/config.json --w-bits 4     computes only what changes
   mep run --w-bits 4 --method nearest,adaround        two methods in one report
+  mep run --data mine.py:pictures --method nearest,mine.py:floor     your own, registered as CONTRIBUTING.md shows
   mep run --compress 0.5                              half of the MACs, then INT8
   mep run --search 0.6                                a network that takes 60 % of the time, found by search, then INT8
   mep search --data shapes --scenarios scenarios.json --finetune 3     a front each, three networks
