@@ -13,6 +13,7 @@ _MODULES = (
     "ops",
     "graph",
     "moments",
+    "registry",
     "nas",
     "compress",
     "quant",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..graph import note_shapes, trace
 from ..plot import COLORS, INK, SOFT, style
+from ..registry import Registry
 from ..train import SqueezeExcite, _seeded
 
 # %% ../../nbs/nas/10_cells.ipynb #8cbf66c3
@@ -126,7 +127,7 @@ class Cell(NamedTuple):
     head: bool  # Whether it ends a network: [N, C, H, W] -> [N, c_out]
 
 
-CELLS: dict[str, Cell] = {}
+CELLS = Registry("cell")
 
 
 def cell(
@@ -140,19 +141,7 @@ def cell(
     module that has wrong shapes or can't be traced."""
 
     def register(make):
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
-            raise ValueError(
-                f"a cell can't be called {name!r}: write a letter, then letters, digits or _"
-            )
-        known = CELLS.get(name)
-        if known and (known.make.__module__, known.make.__qualname__) != (
-            make.__module__,
-            make.__qualname__,
-        ):
-            raise ValueError(
-                f"there is a cell {name!r} already, made by "
-                f"{known.make.__module__}.{known.make.__qualname__}: choose another name"
-            )
+        CELLS.check(name, make)
         new = Cell(name, make, _options_of(name, make), head)
         _try_out(new)
         CELLS[name] = new

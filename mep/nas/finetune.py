@@ -23,6 +23,7 @@ from .bkd import BlockLibrary, _one_thread
 from .predictor import AccuracyPredictor
 from .search import Deployment, Measured, latency_table, search
 from .space import ORIGINAL, Arch, SearchSpace, choices, chop
+from ..registry import carried
 from ..store import MissingError, Store, content_hash
 from ..train import Fit, fit, logits, progress_bar, recalibrate_bn, soft_targets
 
@@ -163,7 +164,7 @@ def trained_accuracies(
     keys = {a: f"networks/{recipe}/{a.key}" for a in archs}
     todo = [a for a in keys if keys[a] not in library.store]
     jobs = (
-        joblib.delayed(_tune_and_store)(
+        joblib.delayed(carried(_tune_and_store))(
             keys[a], a, library, data, dict(epochs=epochs, told=told, **options)
         )
         for a in todo

@@ -23,6 +23,7 @@ from sklearn.linear_model import RidgeCV
 from ..data import Data
 from .bkd import BlockLibrary, _one_thread, block_ratios
 from .space import Arch
+from ..registry import carried
 from ..store import Store, content_hash, write_atomic
 from ..train import cosine, logits, progress_bar, recalibrate_bn, soft_targets
 
@@ -296,7 +297,7 @@ class Assembled:
         "The features of each network; computed once for each."
         todo = [a for a in dict.fromkeys(archs) if self._recall(a) is None]
         work = joblib.Parallel(self.n_jobs, return_as="generator")(
-            joblib.delayed(_divergence)(self, a) for a in todo
+            joblib.delayed(carried(_divergence))(self, a) for a in todo
         )
         for a, kl in zip(progress_bar(todo, self.progress and bool(todo), desc="networks"), work):
             self.known[a.key] = kl

@@ -127,9 +127,7 @@ def _quantize(a):
     from mep.pipeline.convert import check_apart, convert, open_network
 
     config = _config(a, w_bits=a.bits)
-    check_apart(
-        {"--output": a.output}, {"--weights": config.weights, "--model": _code(config.model)}
-    )
+    check_apart({"--output": a.output}, _inputs(config))
     net, data = open_network(config, a.input)
     options = {k: getattr(config, k) for k in _CONVERT}
     _print(
@@ -150,7 +148,7 @@ def _compress(a):
         )
     check_apart(
         {"--output": a.output, "--weights-out": a.weights_out},
-        {"--weights": config.weights, "--model": _code(config.model)},
+        _inputs(config),
     )
     net, data = open_network(config)
     options = {k: getattr(config, k) for k in _SHRINK}
@@ -231,10 +229,14 @@ def _config(a, **defaults):
     )
 
 
-def _code(model):
-    "The file of FILE.py:FUNCTION, or None."
-    file = str(model).rpartition(":")[0]
-    return file if file.endswith(".py") else None
+def _inputs(config):
+    "Option -> the file that is read for it, or None."
+    from mep.registry import split_name
+
+    code = {k: split_name(getattr(config, k)) for k in ("model", "data", "method")}
+    return {"--weights": config.weights} | {
+        f"--{k}": found and found[0] for k, found in code.items()
+    }
 
 
 def _print(report, as_json):
@@ -331,18 +333,13 @@ def _report(a):
 
 def _data(a):
     "The data sets that can be named."
-    for name, what in _ABOUT.items():
+    from mep.registry import registered
+
+    for name, what in registered("mep.data", "dataset").items():
         print(f"{name:14} {what}")
-
-
-_ABOUT = dict(
-    shapes="textured shapes on cluttered backgrounds, 32 px, made on the spot",
-    digits="scikit-learn's handwritten digits, 8 px, no download",
-    fashion_mnist="Fashion-MNIST, 28 px, from --root, $MEP_DATA or downloaded",
-    cifar10="CIFAR-10, 32 px, likewise",
-    imagenette="ten classes of ImageNet, 160 px, likewise",
-    folder="folder:PATH, a folder of yours with one folder of images per class",
-)
+    print(
+        "or FILE.py:FUNCTION, a function of yours that returns a mep.data.Data or mep.data.Source"
+    )
 
 
 def _version(a):
@@ -359,6 +356,7 @@ EXAMPLES = """examples:
   mep run --model torchvision:mobilenet_v2 --weights mobilenet_v2.pth --data imagenette --out runs/mine
   mep run --config runs/fashion/config.json --w-bits 4     computes only what changes
   mep run --w-bits 4 --method nearest,adaround        two methods in one report
+  mep run --data mine.py:pictures --method nearest,mine.py:floor     your own, registered as CONTRIBUTING.md shows
   mep run --compress 0.5                              half of the MACs, then INT8
   mep run --search 0.6                                a network that takes 60 % of the time, found by search, then INT8
   mep search --data shapes --scenarios scenarios.json --finetune 3     a front each, three networks
@@ -419,7 +417,7 @@ def _file_options(p, *names):
         Config,
         names,
         dict(
-            data="data set: a name that `mep data` lists, or folder:PATH",
+            data="data set: a name that `mep data` lists, folder:PATH or FILE.py:FUNCTION",
             weights="its weights: .safetensors, a torch state dict, or what --weights-out wrote",
         ),
     )

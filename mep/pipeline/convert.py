@@ -41,6 +41,7 @@ from mep.pipeline.core import (
 )
 from .report import Report
 from ..quant.export import export_int8
+from ..quant.methods import find_rounding
 from ..store import StoreError, check_writable, claim, discard, load as load_artifact
 from ..train import fit
 
@@ -48,9 +49,9 @@ from ..train import fit
 def convert(
     net: nn.Module,  # Float network that torch.fx can trace; not changed
     path: str,  # ONNX file to write
-    data: Data = None,  # Training images to calibrate on and test images to measure with; None: none, for dfq alone
+    data: Data = None,  # Training images to calibrate on and test images to measure with; None: none, for dfq
     input_shape: tuple = None,  # (C, H, W); needed without data
-    method: str = None,  # nearest, dfq or adaround; None: nearest at 8 bits, adaround below, dfq without data
+    method: str = None,  # One of `METHODS`, or FILE.py:FUNCTION; None: nearest at 8 bits, adaround below, else dfq
     w_bits: int = 8,  # Bits of the weights
     a_bits: int = 8,  # Bits of the activations
     per_channel: bool = None,  # One weight range per output channel; None: yes, except for dfq
@@ -64,9 +65,9 @@ def convert(
     """Quantize a network into an ONNX file, check the file against the simulation, and measure
     it beside FP32.
 
-    An interrupted `adaround` goes on where it stopped. Data of a single class counts as not
-    labelled: the file is then compared with FP32 only. Raises what `quantize_by` and
-    `export_int8` raise, ValueError without data and input_shape, OSError for a path that
+    What keeps its finished layers, as `adaround` does, goes on where it stopped. Data of a
+    single class counts as not labelled: the file is then compared with FP32 only. Raises what
+    `quantize_by` and `export_int8` raise, ValueError without data and input_shape, OSError for a path that
     can't be written, `mep.store.StoreError` for a file or a folder there that mep did not
     write."""
     if data is None and input_shape is None:
@@ -80,10 +81,13 @@ def convert(
         calibration(data, min(n_calib, len(data.train.dataset)), seed) if data and n_calib else None
     )
     unfinished = path.with_name(f"{path.name}.unfinished")
-    if method == "adaround":
+    resumes = find_rounding(method).resumes
+    if resumes:
         claim(unfinished, force=force)
+    options = dict(seed=seed, checkpoint=unfinished, progress=progress)
+    labelled = data if data and len(data.classes) > 1 else None
     q = quantize_by(
-        method, net, images, shape, w_bits, a_bits, per_channel, seed, unfinished, progress
+        method, net, images, shape, w_bits, a_bits, per_channel, data=labelled, **options
     )
     name = row_name(method, w_bits, a_bits)
     meta = _meta(data)
@@ -92,7 +96,7 @@ def convert(
         | check_facts(export_int8(q, path, meta=meta))
         | dict(method=how(method, q))
     )
-    if method == "adaround":
+    if resumes:
         discard(unfinished)
     nets = _beside(net, name, path, facts, data, shape, threads, n_latency)
     return Report(

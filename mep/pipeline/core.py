@@ -64,17 +64,16 @@ from ..nas.search import Deployment, Measured, Point, latency_table
 from ..nas.space import Arch, SearchSpace, module_hash
 from .options import METHODS, Config, check_config, choose_methods, command, config_from
 from .report import Report, accuracy_se, change, write
-from ..quant.adaround import adaround
-from ..quant.dfq import dfq, prepare
 from ..quant.export import Check, export_int8
+from ..quant.methods import find_rounding, round_by
 from mep.quant.sim import (
     QuantModel,
     integer_share,
     load_quantized,
-    quantize as quantize_model,
     save_quantized,
     sensitivity,
 )
+from ..registry import code_hash, split_name
 from mep.store import (
     Artifact,
     Store,
@@ -158,10 +157,10 @@ class State:
 
     def part(self, **options):
         "Begin one of several results of the stage. `options` replace the stage's own, and name the result."
-        given = {k: _identity(v) for k, v in (self.options | options).items()}
+        given = {k: _identity(k, v) for k, v in (self.options | options).items()}
         self.began = time.perf_counter()
         self.key = f"{self.stage}-{content_hash([self.before, self.stage, given])[:16]}"
-        self.label = " ".join([self.stage, *options.values()])
+        self.label = " ".join([self.stage, *map(_short, options.values())])
 
     def once(self, compute, handed_on=True):
         """The stored artifact of the stage or part; `compute() -> (tensors, record)` is called
@@ -212,14 +211,29 @@ def _sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _identity(v):
+def _identity(option, v):
     "What an option means: of a file its content, so that a moved file is the same and an edited one is not."
     if not isinstance(v, str):
         return v
-    file, _, function = v.rpartition(":")
-    if file.endswith(".py") and Path(file).is_file():
-        return code_identity(Path(file), function)
+    if option == "method":
+        return _method_identity(v)
+    if split_name(v) and split_name(v)[0].is_file():
+        return code_identity(*split_name(v)) if option == "model" else code_hash(v)
     return _sha256(v) if Path(v).is_file() else v
+
+
+def _method_identity(names):
+    "The names of the book's methods; of a user's method, the code as well."
+    found = [find_rounding(name) for name in names.split(",")]
+    if not any(r.code for r in found):
+        return names
+    return [[r.name, r.code] for r in found]
+
+
+def _short(v):
+    "A part's name on the screen: of FILE.py:FUNCTION without the folder."
+    path, function = split_name(v) or (None, None)
+    return f"{path.name}:{function}" if path else v
 
 
 def _intact(folder, record):
@@ -888,39 +902,35 @@ def compression_notes(
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #e906ea02
 def quantize_by(
-    method: str,  # One of `METHODS`
+    method: str,  # One of `METHODS`, or FILE.py:FUNCTION
     net: nn.Module,  # Float network that torch.fx can trace; not changed
-    images: Tensor = None,  # Calibration images [N, C, H, W], as in training; None: none, for dfq alone
+    images: Tensor = None,  # Calibration images [N, C, H, W], as in training; None: none, for methods that do without
     input_shape: tuple = None,  # (C, H, W); needed without images
     w_bits: int = 8,  # Bits of the weights
     a_bits: int = 8,  # Bits of the activations
-    per_channel: bool = None,  # One weight range per output channel; None: yes, except for dfq
+    per_channel: bool = None,  # One weight range per output channel; None: as the method has it
     seed: int = 0,  # Of what is random
-    checkpoint: str = None,  # Folder in which adaround keeps finished layers, to resume from
+    checkpoint: str = None,  # Folder in which a method keeps what is finished, to resume from
     progress: bool = True,  # Show bars on stderr
+    data: Data = None,  # Images with labels; None: none, for methods that don't learn from them
+    **options,  # The method's own
 ) -> QuantModel:
-    """The network quantized by a method of the book. Raises ValueError for an unknown method
-    or missing images, and what the method raises."""
-    choose_methods(method)
-    if images is None and method != "dfq":
-        raise ValueError(
-            f"{method} needs images: give some hundred, or choose dfq, which makes its own"
-        )
-    options = dict(
+    """The network quantized by a method, the book's or the user's. Raises what `round_by`
+    raises."""
+    given = dict(
         w_bits=w_bits,
         a_bits=a_bits,
-        per_channel=method != "dfq" if per_channel is None else per_channel,
+        per_channel=per_channel,
+        input_shape=input_shape,
+        seed=seed,
+        checkpoint=checkpoint,
         progress=progress,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "left in float|dfq left out"
         )  # `quantization_notes` says it
-        if method == "nearest":
-            return quantize_model(net, images, **options)
-        if method == "dfq":
-            return dfq(net, images, input_shape, seed=seed, **options)
-        return adaround(net, images, checkpoint=checkpoint, seed=seed, **options)
+        return round_by(method, net, images, data, **given, **options)
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #b83d89e7
 def quantization_notes(
@@ -989,7 +999,7 @@ def _quantize(state, source, method, images, options):
     "One method: its network in a file, what it costs, and what each layer does to it."
     name = row_name(method, options["w_bits"], options["a_bits"])
     path = state.folder / "quantized" / f"{state.key}.safetensors"
-    rounding = path.with_suffix("")  # where adaround keeps its finished layers
+    rounding = path.with_suffix("")  # where a method keeps what is finished
 
     def compute():
         q = quantize_by(
@@ -999,6 +1009,7 @@ def _quantize(state, source, method, images, options):
             state.data.input_shape,
             checkpoint=rounding,
             progress=state.progress,
+            data=state.data,
             **options,
         )
         save_quantized(q, path)
@@ -1014,7 +1025,7 @@ def _quantize(state, source, method, images, options):
 
     state.once(compute)
     discard(rounding)
-    alike = prepare if method == "dfq" else lambda net: net
+    alike = find_rounding(method).base or (lambda net: net)
     state.add(
         Net(
             name,
@@ -1027,22 +1038,21 @@ def _quantize(state, source, method, images, options):
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #038b9910
 def row_name(
-    method: str,  # One of `METHODS`
+    method: str,  # One of `METHODS`, or FILE.py:FUNCTION
     w_bits: int,  # Bits of the weights
     a_bits: int,  # Bits of the activations
 ) -> str:
     "What a report calls a quantized network."
-    return ("INT8" if w_bits == a_bits == 8 else f"W{w_bits}A{a_bits}") + (
-        f" {method}" if method != "nearest" else ""
-    )
+    bits = "INT8" if w_bits == a_bits == 8 else f"W{w_bits}A{a_bits}"
+    return f"{bits} {find_rounding(method).label}".strip()
 
 
 def how(
-    method: str,  # One of `METHODS`
+    method: str,  # One of `METHODS`, or FILE.py:FUNCTION
     q: QuantModel,  # What it returned
 ) -> str:
     "How the weights got their integers, for a report."
-    return f"{method}, a range per {'channel' if q.settings['per_channel'] else 'layer'}"
+    return f"{find_rounding(method).name}, a range per {'channel' if q.settings['per_channel'] else 'layer'}"
 
 
 def _few(state, macs=1):

@@ -11,16 +11,24 @@ import math
 import shlex
 from dataclasses import dataclass, field, fields
 
+from ..registry import registered
+
 # %% ../../nbs/pipeline/96_options.ipynb #aca143b5
 def _opt(default, help):
     return field(default=default, metadata={"help": help})
+
+# %% ../../nbs/pipeline/96_options.ipynb #96a000a0
+METHODS = list(registered("mep.quant.methods", "rounding"))  # the book's own
 
 # %% ../../nbs/pipeline/96_options.ipynb #2391562f
 @dataclass
 class Config:
     "What a run does. Every field is an option of the shell command `mep run`."
 
-    data: str = _opt("shapes", "data set: a name that `mep data` lists, or folder:PATH")
+    data: str = _opt(
+        "shapes",
+        "data set: a name that `mep data` lists, folder:PATH or FILE.py:FUNCTION, a file that is run",
+    )
     root: str = _opt(None, "folder that holds the data sets (default: $MEP_DATA)")
     n_train: int = _opt(None, "number of training images (default: all)")
     n_test: int = _opt(None, "number of test images (default: all)")
@@ -67,8 +75,8 @@ class Config:
     method: str = _opt(
         None,
         (
-            "how weights are rounded: nearest, dfq or adaround, or several with commas (default: "
-            "nearest at 8 bits, adaround below)"
+            f"how weights are rounded: {', '.join(METHODS)} or FILE.py:FUNCTION, a file that is run; "
+            "or several with commas (default: nearest at 8 bits, adaround below)"
         ),
     )
     per_channel: bool = _opt(
@@ -194,23 +202,24 @@ _CHECKS = {
 }
 
 # %% ../../nbs/pipeline/96_options.ipynb #9b2d09f4
-METHODS = ["nearest", "dfq", "adaround"]
-
-
 def choose_methods(
     method: str = None,  # Names with commas between them; None: by the bits
     w_bits: int = 8,  # Bits of the weights
 ) -> list:  # Names
     "The methods of a run. Raises ValueError that names an unknown or repeated one."
     names = method.split(",") if method else ["nearest" if w_bits == 8 else "adaround"]
-    for n in names:
-        if n not in METHODS:
-            raise ValueError(
-                f"unknown method {n!r}: choose {', '.join(METHODS)}, or several with commas between them"
-            )
-        if names.count(n) > 1:
-            raise ValueError(f"method={method!r} names {n} {names.count(n)} times: once is enough")
+    called = [n if n in METHODS else _user_method(n) for n in names]
+    for n in called:
+        if called.count(n) > 1:
+            raise ValueError(f"method={method!r} names {n} {called.count(n)} times: once is enough")
     return names
+
+
+def _user_method(name):
+    "What a method that isn't the book's is called. Only to find it, PyTorch must be there."
+    from mep.quant.methods import find_rounding
+
+    return find_rounding(name).name
 
 # %% ../../nbs/pipeline/96_options.ipynb #f9f6c5a0
 def check_config(
@@ -242,13 +251,23 @@ def _check_together(c):
         raise ValueError(
             f"mean has {len(c.mean)} numbers, std {len(c.std)}: give one for each channel"
         )
-    seeing = [m for m in choose_methods(c.method, c.w_bits) if m != "dfq"]
-    if c.n_calib == 0 and seeing:
-        raise ValueError(f"n_calib=0: {seeing[0]} needs images; only method=dfq does without")
+    methods = choose_methods(c.method, c.w_bits)
+    if c.n_calib == 0:
+        _check_blind(methods)
     if c.epochs == 0 and not c.weights:
         raise ValueError(
             "epochs=0 and no weights: train for at least one epoch, or give a weights file"
         )
+
+
+def _check_blind(methods):
+    "ValueError for a method that needs calibration images, where there are none"
+    from mep.quant.methods import ROUNDINGS, find_rounding
+
+    seeing = [m for m in methods if find_rounding(m).needs_images]
+    if seeing:
+        blind = " or ".join(name for name, r in ROUNDINGS.items() if not r.needs_images)
+        raise ValueError(f"n_calib=0: {seeing[0]} needs images; only method={blind} does without")
 
 # %% ../../nbs/pipeline/96_options.ipynb #d580102c
 def command(

@@ -20,12 +20,14 @@ from .export import Check, MismatchError, export_int8, overflows, without_vnni
 from .dfq import absorb_bias, correct_bias, dfq, equalize
 from .adaround import adaround
 from .bayesian_bits import bayesian_bits
+from .methods import ROUNDINGS, rounding
 
 __all__ = [
     "Check",
     "Grid",
     "MismatchError",
     "QuantModel",
+    "ROUNDINGS",
     "TraceError",
     "absorb_bias",
     "adaround",
@@ -44,6 +46,7 @@ __all__ = [
     "overflows",
     "percentile_range",
     "quantize",
+    "rounding",
     "save_quantized",
     "sensitivity",
     "without_vnni",
