@@ -12,6 +12,7 @@ _MODULES = (
     "plot",
     "graph",
     "moments",
+    "pareto",
     "nas",
     "compress",
     "quant",
