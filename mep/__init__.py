@@ -13,6 +13,7 @@ _MODULES = (
     "graph",
     "moments",
     "pareto",
+    "networks",
     "nas",
     "compress",
     "quant",

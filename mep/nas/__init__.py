@@ -55,7 +55,6 @@ from .space import (
     chop,
     default_options,
     default_space,
-    module_hash,
 )
 
 __all__ = [
@@ -106,7 +105,6 @@ __all__ = [
     "macs_cost",
     "make_cell",
     "measured_front",
-    "module_hash",
     "nsr",
     "pareto_front",
     "save_scenarios",
