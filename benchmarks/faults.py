@@ -32,9 +32,10 @@ from mep.data import from_arrays, load, shapes
 from mep.deploy import machine
 from mep.nas.bkd import BlockLibrary
 from mep.nas.space import choices, default_space
+from mep.networks import build_network
 from mep.pipeline.cli import main as shell
 from mep.pipeline.convert import convert, shrink
-from mep.pipeline.core import Config, build_network, run
+from mep.pipeline.core import Config, run
 from mep.pipeline.report import read
 from mep.pipeline.search import explore
 from mep.quant.sim import load_quantized

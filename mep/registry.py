@@ -114,9 +114,13 @@ def user_function(
     path = path.resolve()
     files = {path.stem: path}
     with _imports_of(path.parent) as imported:
-        make = getattr(_run_file(path), function, None)
-        if not callable(make):
+        make = vars(_run_file(path)).get(function)
+        if make is None:
             raise ValueError(f"{path} has no function {function!r}: {says}")
+        if not callable(make):
+            raise ValueError(
+                f"{path}: {function} is of type {type(make).__name__}, not a function: {says}"
+            )
         yield make, files
     files.update(imported)
 

@@ -18,10 +18,11 @@ from mep.nas import bkd
 from mep.nas.bkd import BlockLibrary
 from mep.nas.search import Deployment
 from mep.nas.space import SearchSpace, choices, default_space
+from mep.networks import build_network
 from mep.pipeline import core
 from mep.pipeline.cli import main
 from mep.pipeline.convert import convert, shrink
-from mep.pipeline.core import Config, build_network, check_config, run
+from mep.pipeline.core import Config, check_config, run
 from mep.pipeline.report import ROWS, Report, html, read, write
 from mep.store import (
     LockedError,

@@ -11,17 +11,22 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mep.cost import profile
 from mep.nas.bkd import BlockLibrary
 from mep.nas.space import Arch, choices, default_space
-from mep.pipeline.core import (
-    Config,
+from mep.networks import (
     build_network,
     code_identity,
     count_outputs,
-    find_classes,
     load_weights,
+)
+from mep.pipeline.core import (
+    Config,
+    cost_facts,
+    find_classes,
     run,
 )
+from mep.quant.sim import quantize
 from mep.store import DamagedError, Store
 
 TINY = Config(epochs=1, n_calib=8, n_latency=2, batch=8)
@@ -161,7 +166,7 @@ def test_an_edited_helper_trains_again(tmp_path):
         ("import nothing_like_this\n", "ModuleNotFoundError"),
         ("def make(:\n", "SyntaxError"),
         ("def make(): 1/0\n", "ZeroDivisionError"),
-        ("make = 3\n", "TypeError"),
+        ("make = 3\n", "make is of type int, not a function"),
         ("x = 1\n", "no function 'make'"),
     ],
 )
@@ -271,3 +276,13 @@ def test_a_bias_that_says_more_than_is_stored(tmp_path):
 def test_text_that_is_no_architecture(text):
     with pytest.raises(ValueError, match="no architecture|no option"):
         Arch.from_json(text)
+
+
+def test_costs_count_the_bits_of_each_layer():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)).eval()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    macs = {l.name: l.macs for l in profile(net, (3, 8, 8)).layers}
+    for bits, first in ((8, 8), 8 * 8), ((4, 6), 4 * 8), ((None, 8), 32 * 8):
+        q = quantize(net, x, layer_bits={"0": bits})
+        second = 8 * (bits[1] if bits != (None, 8) else 8)
+        assert cost_facts(net, (3, 8, 8), q)["bops"] == macs["0"] * first + macs["2"] * second

@@ -24,25 +24,27 @@ from torch import nn
 import mep.pipeline
 from mep.data import load
 from mep.deploy import as_model
+from mep.networks import (
+    build_network,
+    fill,
+    load_weights,
+    restore_network,
+)
 from mep.pipeline import core
 from mep.pipeline.cli import parser
 from mep.pipeline.core import (
     METHODS,
     STAGES,
     Config,
-    build_network,
     check_config,
     choose_methods,
     choose_stages,
     command,
     config_from,
-    fill,
     find_classes,
-    load_weights,
     measure_files,
     quantize_by,
     relabel,
-    restore_network,
     run,
 )
 from mep.pipeline.report import read

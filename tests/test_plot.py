@@ -63,19 +63,6 @@ def test_seen_as_keeps_greys_and_gives_colours(n):
         assert plot.distance(plot.seen_as(grey, eye), grey) < 1
 
 
-points = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=30)
-
-
-@given(points)
-def test_front_is_the_set_of_undominated_points(ps):
-    def beats(a, b):
-        return a[0] <= b[0] and a[1] >= b[1] and a != b
-
-    f = plot.front(ps)
-    assert {ps[i] for i in f} == {p for p in ps if not any(beats(q, p) for q in ps)}
-    assert [ps[i][0] for i in f] == sorted({ps[i][0] for i in f})
-
-
 @settings(max_examples=10, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6, unique=True)

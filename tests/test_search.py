@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models import resnet18
 
@@ -32,8 +31,6 @@ from mep.nas.search import (
     latency_table,
     load_scenarios,
     macs_cost,
-    merge_blocks,
-    non_dominated,
     pareto_front,
     save_scenarios,
     scaled_references,
@@ -41,7 +38,6 @@ from mep.nas.search import (
     watch,
 )
 from mep.nas.space import Position, SearchSpace, choices, chop, default_space
-from mep.plot import front as plot_front
 from mep.store import DamagedError, LockedError, Store
 
 module = importlib.import_module("mep.nas.search")  # as an attribute, it is the function
@@ -90,46 +86,6 @@ def pairs(front):
 
 
 # Fronts
-
-numbers = st.integers(0, 6).map(float)  # few values, so that ties are common
-
-
-@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=30))
-def test_non_dominated_agrees_with_the_pictures(points):
-    c, v = np.array(points).T
-    assert [points[i] for i in non_dominated(c, v)] == [points[i] for i in plot_front(points)]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=4), min_size=1, max_size=4),
-    st.none() | st.integers(0, 20),
-)
-def test_merged_blocks_are_the_listed_front(blocks, limit):
-    costs, values = ([np.array([o[k] for o in b]) for b in blocks] for k in (0, 1))
-    all_ = [p for p in product(*map(range, map(len, blocks)))]
-    c, v = (
-        np.array([sum(t[i] for t, i in zip(table, p)) for p in all_]) for table in (costs, values)
-    )
-    ok = np.flatnonzero(c <= (np.inf if limit is None else limit))
-    picks, mc, mv = merge_blocks(costs, values, np.inf if limit is None else limit)
-    keep = ok[non_dominated(c[ok], v[ok])]
-    assert list(zip(mc, mv)) == list(zip(c[keep], v[keep]))
-    for p, a, b in zip(picks, mc, mv):
-        assert (sum(t[i] for t, i in zip(costs, p)), sum(t[i] for t, i in zip(values, p))) == (a, b)
-
-
-def test_merging_is_fast_and_exact_in_a_large_space():
-    rng = np.random.default_rng(0)
-    costs, values = ([rng.gamma(2, 1, 100) for _ in range(8)] for _ in range(2))
-    start = time.process_time()
-    picks, c, v = merge_blocks(costs, values)
-    assert time.process_time() - start < 20 and len(picks) > 50
-    assert (np.diff(c) > 0).all() and (np.diff(v) > 0).all()
-    sample = rng.integers(0, 100, (2000, 8))
-    for s in sample:
-        at = np.searchsorted(c, sum(t[i] for t, i in zip(costs, s)) + 1e-9) - 1
-        assert v[at] >= sum(t[i] for t, i in zip(values, s)) - 1e-9
 
 
 def test_front_answers_and_refuses():

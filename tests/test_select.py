@@ -24,7 +24,7 @@ from mep.compress.select import (
     folded,
     front_of,
     greedy,
-    knapsack,
+    least_loss,
     load_compressed,
     save_compressed,
     sensitivity,
@@ -90,7 +90,7 @@ def test_knapsack_is_exact(items, share):
         for c in itertools.product(*items)
         if sum(o.cost for o in c) <= budget
     )
-    got = knapsack(items, budget)
+    got = least_loss(items, budget)
     assert sum(o.cost for o in got) <= budget and sum(o.loss for o in got) == pytest.approx(
         best, abs=1e-9
     )
@@ -98,7 +98,7 @@ def test_knapsack_is_exact(items, share):
 
 def test_knapsack_says_what_the_least_costs():
     with pytest.raises(ValueError, match="cost 7 together, more than the budget of 5"):
-        knapsack([[Option(3, 0.0)], [Option(4, 0.0)]], 5)
+        least_loss([[Option(3, 0.0)], [Option(4, 0.0)]], 5)
 
 
 @given(options)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'DEFAULT_METHODS', 'KEEP', 'CHOOSE', 'Layer', 'folded', 'sensitivity', 'Target', 'target_of', 'refine',
-           'cuts', 'felt', 'Option', 'front_of', 'MacsCost', 'layer_options', 'knapsack', 'Plan', 'apply_plan',
+           'cuts', 'felt', 'Option', 'front_of', 'MacsCost', 'layer_options', 'least_loss', 'Plan', 'apply_plan',
            'save_compressed', 'load_compressed', 'realize', 'Row', 'Report', 'Compressed', 'plot_report', 'MsCost',
            'greedy', 'compress']
 
@@ -29,6 +29,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, fx, nn
 
+from .. import pareto
 from . import tensor
 from .channel import SELECT, Share, channel_groups, remove
 from .svd import METHODS, compose, sizes
@@ -411,11 +412,9 @@ def front_of(
     options: Iterable,  # `Option`s for the same layers
 ) -> list:  # From cheap to dear
     "The options that no other beats in both cost and loss"
-    kept = []
-    for o in sorted(options, key=lambda o: o[:2]):
-        if not kept or o.loss < kept[-1].loss:
-            kept.append(o)
-    return kept
+    options = list(options)
+    kept = pareto.front([o.cost for o in options], [-o.loss for o in options])
+    return [options[i] for i in kept]
 
 # %% ../../nbs/compress/24_select.ipynb #8869d351
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
@@ -491,107 +490,25 @@ def layer_options(
     ]
 
 # %% ../../nbs/compress/24_select.ipynb #29ee9b29
-def knapsack(
+def least_loss(
     items: Iterable,  # One list of `Option`s for each layer
     budget: float,  # The most that the chosen ones may cost together
 ) -> list:  # One `Option` of each list
     """The least total loss within the budget, exactly. Raises ValueError, with the least
     possible cost, if nothing fits."""
-    items = [front_of(options) for options in items]
-    if (least := sum(o[0].cost for o in items)) > budget:
-        raise ValueError(
-            f"the cheapest options cost {least:.6g} together, more than the budget of {budget:.6g}"
-        )
-    price = _price(items, budget)
-    chosen = _spend(items, _at_price(items, price), budget)
-    return _search(items, budget, price, chosen)
-
-
-def _at_price(items, price):
-    return [min(options, key=lambda o: (o.loss + price * o.cost, o.cost)) for options in items]
-
-
-def _total(options):
-    return sum(o.cost for o in options)
-
-
-def _price(items, budget):
-    "The lowest price per unit of cost at which what everybody buys fits into the budget"
-    low = 0.0
-    high = 1e-30
-    if _total(_at_price(items, 0.0)) <= budget:
-        return 0.0
-    while _total(_at_price(items, high)) > budget:
-        low = high
-        high = 4 * high
-    for _ in range(60):
-        mid = (low + high) / 2
-        low, high = (low, mid) if _total(_at_price(items, mid)) <= budget else (mid, high)
-    return high
-
-# %% ../../nbs/compress/24_select.ipynb #15465ad2
-def _spend(items, chosen, budget):
-    "Use up what is left, the largest gain first"
-    while True:
-        left = budget - _total(chosen)
-        gains = [
-            (c.loss - o.loss, i, o)
-            for i, (options, c) in enumerate(zip(items, chosen))
-            for o in options
-            if o.loss < c.loss and o.cost - c.cost <= left
-        ]
-        if not gains:
-            return chosen
-        _, i, o = max(gains, key=lambda gain: gain[0])
-        chosen[i] = o
-
-
-def _search(items, budget, price, chosen, most=20_000):
-    """All choices that may beat `chosen`: at the price, each layer's option costs more than
-    its best one, and together no more than the gap allows"""
-
-    def full(o):
-        return o.loss + price * o.cost
-
-    least = [min(map(full, options)) for options in items]
-    gap = sum(o.loss for o in chosen) + price * budget - sum(least) + 1e-12
-    states = [(0.0, 0.0, 0.0, ())]  # cost, loss, regret, what was chosen
-    for options, low in zip(items, least):
-        grown = [
-            (c + o.cost, l + o.loss, r + full(o) - low, (before, o))
-            for c, l, r, before in states
-            for o in options
-            if r + full(o) - low <= gap and c + o.cost <= budget
-        ]
-        states = _undominated(grown)
-        if len(states) > most:
-            states = sorted(sorted(states, key=lambda s: s[2])[:most], key=lambda s: s[:2])
-    best = min(states, key=lambda s: s[1], default=None)
-    return chosen if best is None or best[1] >= sum(o.loss for o in chosen) else _unchain(best[3])
-
-
-def _undominated(states):
-    kept = []
-    for s in sorted(states, key=lambda s: s[:2]):
-        if not kept or s[1] < kept[-1][1]:
-            kept.append(s)
-    return kept
-
-
-def _unchain(chain):
-    out = []
-    while chain:
-        chain, o = chain
-        out.append(o)
-    return out[::-1]
+    items = [list(options) for options in items]
+    costs = [[o.cost for o in options] for options in items]
+    worth = [[-o.loss for o in options] for options in items]
+    return [options[i] for options, i in zip(items, pareto.knapsack(costs, worth, budget))]
 
 # %% ../../nbs/compress/24_select.ipynb #ca44fde6
 def _combined(parts):
     "All good combinations of several layers' options"
-    out = [Option(0, 0.0)]
-    for options in parts:
-        out = front_of(a + b for a in out for b in options)
-    return out
+    parts = [list(options) for options in parts]
+    costs = [[o.cost for o in options] for options in parts]
+    worth = [[-o.loss for o in options] for options in parts]
+    picks, _, _ = pareto.merge(costs, worth)
+    return [sum((p[i] for p, i in zip(parts, row)), Option(0, 0.0)) for row in picks]
 
 
 class _Group(NamedTuple):
@@ -1412,7 +1329,7 @@ def _within(job, items, budget, whole):
     "The best choice within a budget, or the cheapest if that is allowed"
     least = _least(items)
     if least <= budget:
-        return knapsack(items, budget)
+        return least_loss(items, budget)
     text = (
         f"{job.asked} can't be reached: with the methods {', '.join(job.methods)} the least "
         f"is {(least + job.total - whole) / job.total:.3f}"
@@ -1472,6 +1389,10 @@ def _predicted(chosen):
     return sum(o.loss for o in chosen)
 
 
+def _price_of(chosen):
+    return sum(o.cost for o in chosen)
+
+
 def _channels_ratio(found, mixed, ratios):
     "Seen over predicted for channels: what the cuts of the mixture leave unexplained"
     cut, thin = ([o for o in mixed if bool(o.channels) is channels] for channels in (False, True))
@@ -1487,7 +1408,7 @@ def _checked(job, scores, budget, mixed):
     "Of several choices, built, the one that moves the outputs least on images that it has not seen"
     held, seen = _held_out(job)
     singles = {
-        m: knapsack(_items(scores, m), budget)
+        m: least_loss(_items(scores, m), budget)
         for m in job.cutters
         if len(job.methods) > 1 and _least(_items(scores, m)) <= budget
     }
@@ -1498,7 +1419,7 @@ def _checked(job, scores, budget, mixed):
     found = _moves(job, scores, tried, held, seen)
     ratios = {m: found[m].mean().item() / max(_predicted(singles[m]), 1e-30) for m in best}
     ratios["channel"] = _channels_ratio(found["mixed"].mean().item(), mixed, ratios)
-    again = knapsack(_items(scores, None, ratios), budget)
+    again = least_loss(_items(scores, None, ratios), budget)
     if _plan(job, again) not in [_plan(job, c) for c in tried.values()]:
         tried["corrected"] = again
         found |= _moves(job, scores, {"corrected": again}, held, seen)
@@ -1545,7 +1466,7 @@ def _by_share(job):
     for _ in range(30):
         low, high = (
             ((low + high) / 2, high)
-            if _total(at((low + high) / 2)) <= budget
+            if _price_of(at((low + high) / 2)) <= budget
             else (low, (low + high) / 2)
         )
     return _plan(job, at(low)), scores.gs, scores.names

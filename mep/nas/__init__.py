@@ -38,7 +38,6 @@ from .search import (
     latency_table,
     load_scenarios,
     macs_cost,
-    merge_blocks,
     pareto_front,
     save_scenarios,
     scaled_references,
@@ -56,7 +55,6 @@ from .space import (
     chop,
     default_options,
     default_space,
-    module_hash,
 )
 
 __all__ = [
@@ -107,8 +105,6 @@ __all__ = [
     "macs_cost",
     "make_cell",
     "measured_front",
-    "merge_blocks",
-    "module_hash",
     "nsr",
     "pareto_front",
     "save_scenarios",

@@ -24,7 +24,8 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from ..data import Data
-from .space import ORIGINAL, Arch, Option, SearchSpace, assemble, module_hash
+from .space import ORIGINAL, Arch, Option, SearchSpace, assemble
+from ..networks import module_hash
 from ..plot import style
 from ..store import Artifact, MissingError, Store, StoreError, claim, content_hash, discard
 from ..train import _seeded, cosine, evaluating, NanError, progress_bar

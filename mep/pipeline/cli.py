@@ -247,7 +247,7 @@ def _print(report, as_json):
 # %% ../../nbs/pipeline/92_cli.ipynb #c6f53d43
 def _network(name, weights, input_shape):
     "A network by name, with its weights if a file is given."
-    from mep.pipeline.core import build_network, load_weights, restore_network
+    from mep.networks import build_network, load_weights, restore_network
 
     return (
         restore_network(name, load_weights(weights), input_shape, weights)

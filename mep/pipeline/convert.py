@@ -15,27 +15,29 @@ from ..compress.select import compress, load_compressed, save_compressed
 from .. import __version__
 from ..data import Data, calibration, fingerprint
 from ..deploy import export_onnx, file_size, machine, read_meta
+from mep.networks import (
+    build_network,
+    count_outputs,
+    load_weights,
+    outputs_of,
+    restore_network,
+)
 from mep.pipeline.core import (
     Config,
-    build_network,
     check_facts,
     choose_methods,
     compression_notes,
     cost_facts,
-    count_outputs,
     find_classes,
     how,
     is_numbered,
-    load_weights,
     measure_files,
-    outputs_of,
 )
 from mep.pipeline.core import (
     open_data,
     quantization_notes,
     quantize_by,
     relabel,
-    restore_network,
     row_name,
     writable_folder,
 )
