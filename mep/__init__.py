@@ -11,6 +11,7 @@ _MODULES = (
     "store",
     "plot",
     "ops",
+    "capture",
     "graph",
     "moments",
     "pareto",

@@ -27,9 +27,9 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .train import evaluating, sqnr_db
-
+from .capture import exported, len_is_size
 from .ops import is_operator
+from .train import evaluating, sqnr_db
 
 # %% ../nbs/06_graph.ipynb #b4c01b01
 def resolve(
@@ -133,6 +133,8 @@ def _layer_of(cls):
     torchs = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.")), nn.Module)
     if torchs is nn.Module or issubclass(torchs, _CONTAINERS):
         return None
+    if torchs is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return nn.Linear  # what nn.MultiheadAttention calls one
     return (
         torchs
         if all(getattr(cls, name, None) is getattr(torchs, name, None) for name in _CODE)
@@ -150,27 +152,78 @@ class TraceError(ValueError):
 
 
 def trace(
-    model: nn.Module,  # Any network that torch.fx can trace, from images alone; not changed
+    model: nn.Module,  # Any network of images alone; not changed
     leaves: tuple = (),  # Types of modules to record as one call, besides PyTorch's own
-    # Images [N, C, H, W] on which both must compute the same; None: they aren't compared
+    # Images [N, C, H, W] on which both must compute the same; None: they aren't compared, and
+    # torch.export, which needs images, isn't tried
     x: Tensor | None = None,
 ) -> fx.GraphModule:  # A copy in evaluation mode
-    """The network as a graph without in-place operations, each call with a module of its own.
+    """The network as a graph without in-place operations, each call with a module of its own:
+    recorded by torch.fx, or, where that can't, by torch.export.
 
     Raises `TraceError`, which names the line that can't be traced, the hook that can't be
     recorded, or the layer where the recording differs."""
-    copied = _for_recording(resolve(model).eval())
-    tracer = _Tracer(leaves)
+    first, second = _by_fx, _by_export
+    if x is not None and any(isinstance(m, _COMPOSED) for m in model.modules()):
+        first, second = second, first
     try:
-        graph = tracer.trace(copied)
-    except TraceError:
-        raise
-    except Exception as e:
-        raise TraceError(_where(e)) from e
-    net = _out_of_place(_unshare(fx.GraphModule(copied, graph)))
+        net = first(model, leaves, x)
+    except _Refused as e:
+        net = _second_try(second, e, model, leaves, x)
+    net = _out_of_place(_unshare(net))
     if x is not None:
         _compare(model, net, x)
     return net
+
+
+class _Refused(TraceError):
+    "One of two ways to record a network fails; the other may do"
+
+
+# of several layers each, which torch.fx would record as one
+_COMPOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def _second_try(record, refused, *args):
+    try:
+        return record(*args)
+    except _Refused as e:
+        of_fx, of_export = sorted(
+            (str(refused), str(e)), key=lambda text: "torch.export" in text[:20]
+        )
+        raise TraceError(f"{of_fx}. {of_export}" if of_export else of_fx) from refused
+
+
+def _by_fx(model, leaves, x):
+    copied = _for_recording(resolve(model).eval())
+    try:
+        with len_is_size(copied):
+            return fx.GraphModule(copied, _Tracer(leaves).trace(copied))
+    except TraceError:
+        raise
+    except Exception as e:
+        raise _Refused(_where(e)) from e
+
+
+def _by_export(model, leaves, x):
+    if x is None:
+        raise _Refused("")
+    if any(isinstance(m, tuple(leaves)) for m in model.modules()):
+        raise _Refused("")
+    copied = _for_recording(resolve(model).eval())
+    try:
+        net = exported(copied, x)
+        _try_batches(net, x)
+    except Exception as e:
+        raise _Refused(f"torch.export can't, either ({type(e).__name__}: {_line(e)})") from e
+    return net
+
+
+def _try_batches(net, x):
+    "A recording that takes one number of images only is none"
+    with torch.no_grad():
+        for n in (1, 3):
+            net(torch.cat([x, x, x])[:n])
 
 # %% ../nbs/06_graph.ipynb #a887f709
 class _Tracer(fx.Tracer):

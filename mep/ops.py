@@ -53,6 +53,7 @@ INTEGER = (  # How an operator runs on integers
     "layer",
     "add",
     "multiply",
+    "matrix product",
     "concatenate",
     "pool",
     "pass",
@@ -142,8 +143,8 @@ def _layer_refuses(net, node):
     mode = getattr(layer, "padding_mode", "zeros")
     if mode != "zeros":
         return f"padding_mode={mode!r}"
-    if isinstance(layer, nn.Linear) and len(node.meta["shape"]) != 2:
-        return f"a linear layer on {len(node.meta['shape'])} dimensions"
+    if isinstance(layer, nn.Linear) and len(node.meta["shape"]) < 2:
+        return "a linear layer on a single vector"
 
 
 def is_activation(a) -> bool:
@@ -171,12 +172,14 @@ _PRODUCT = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _OTHER_PAIRS = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
 _OTHER_PAIRS += (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 _OTHER_PAIRS += (torch.maximum, torch.minimum, "maximum", "minimum")
+_MATRIX_PRODUCT = (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm")
 
 register(
     Operator("convolution", (nn.Conv1d, nn.Conv2d, nn.Conv3d), "layer", refuses=_layer_refuses),
     Operator("linear", (nn.Linear,), "layer", refuses=_layer_refuses),
     Operator("add", _SUM, "add", channels="joined", refuses=_pair_refuses),
     Operator("multiply", _PRODUCT, "multiply", channels="joined", refuses=_pair_refuses),
+    Operator("matrix product", _MATRIX_PRODUCT, "matrix product", refuses=_pair_refuses),
     Operator("other pair", _OTHER_PAIRS, channels="joined"),
     Operator("concatenate", (torch.cat, torch.concat), "concatenate", channels="stacked"),
 )
@@ -235,9 +238,15 @@ def _picks(net, node):
     return "pass" if source["kind"] == "pass" or source["shape"] else "float"
 
 
+def _moved(net, node):
+    return "pass" if is_activation(node.args[0]) else "float"
+
+
 _FLATTEN = (nn.Flatten, torch.flatten, "flatten", torch.reshape, "reshape")
 _MOVES = (torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze", torch.transpose, "transpose")
-_MOVES += (torch.permute, "permute", torch.chunk, "chunk", torch.split, "split")
+_MOVES += (torch.permute, "permute", torch.chunk, "chunk", torch.split, "split", "t", torch.t)
+_MOVES += (torch.swapaxes, "swapaxes", torch.movedim, "movedim", torch.unbind, "unbind")
+_MOVES += (torch.select, "select", torch.narrow, "narrow", "expand", "repeat", "unflatten")
 _MOVES += (torch.flip, "flip", nn.PixelShuffle, F.pixel_shuffle, nn.ChannelShuffle)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 _DROPOUTS += (F.feature_alpha_dropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -247,7 +256,7 @@ _COPIES = (nn.Identity, "contiguous", "clone", torch.clone, "detach", torch.deta
 register(
     Operator("flatten", _FLATTEN, "pass", channels="flat"),
     Operator("view", ("view",), channels="flat"),
-    Operator("move", _MOVES, "pass"),
+    Operator("move", _MOVES, _moved),
     Operator("zero padding", (nn.ZeroPad2d,), "pass"),
     Operator("nearest upsampling", (nn.UpsamplingNearest2d,), "pass"),
     Operator("index", (operator.getitem,), _picks),

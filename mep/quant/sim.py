@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIPPED', 'LEAST', 'LOOKED_AT', 'CHECKED', 'LOST_DB', 'Clip', 'OnGrid', 'Quantizer', 'OnWeightGrid', 'QuantLayer',
-           'QuantAdd', 'QuantMul', 'fold_bn', 'Placed', 'Report', 'QuantModel', 'float_costs', 'integer_share',
-           'quantize', 'LayerSqnr', 'sensitivity', 'save_quantized', 'load_quantized']
+           'QuantAdd', 'QuantMul', 'QuantMatMul', 'fold_bn', 'Placed', 'Report', 'QuantModel', 'float_costs',
+           'integer_share', 'quantize', 'LayerSqnr', 'sensitivity', 'save_quantized', 'load_quantized']
 
 # %% ../../nbs/quant/31_sim.ipynb #f5a7c13f
 import copy
@@ -296,6 +296,11 @@ class QuantLayer(OnWeightGrid):
         return limit if limit < 2 * 127 else None
 
     def forward(self, x):
+        if isinstance(self.op, nn.Linear) and x.ndim > 2:
+            return self._result(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # tokens are rows
+        return self._result(x)
+
+    def _result(self, x):
         if not self.on:
             return self.out(self.op(x))
         if self.source is None or not self.source.on:
@@ -355,6 +360,20 @@ class QuantMul(_Pair):
     def total(self, a, b):
         sa, sb = (s.scale for s in self._sources)
         return a * b * (sa * sb / self.out.scale) + self.out.zero_point
+
+
+class QuantMatMul(_Pair):
+    "The matrix product of two tensors on grids, as in attention; its result may stay in float"
+
+    plain = staticmethod(torch.matmul)
+
+    def forward(self, a, b):
+        if not all(s is not None and s.on for s in self._sources):
+            return self.out(self.plain(a, b))
+        integers = (_round(x / s.scale) for x, s in zip((a, b), self._sources))
+        total = self.plain(*integers)
+        scale = self._sources[0].scale * self._sources[1].scale
+        return self.out.rescale(total, scale) if self.out.on else self.out(total * scale)
 
 # %% ../../nbs/quant/31_sim.ipynb #c9c2a504
 def _fma(x, y, z):
@@ -747,6 +766,7 @@ register(
     Operator("clip", (Clip,), "clip", factor=True, channels="apart"),
     replace(operators()["add"], spellings=(QuantAdd,)),
     replace(operators()["multiply"], spellings=(QuantMul,)),
+    replace(operators()["matrix product"], spellings=(QuantMatMul,)),
 )
 
 # %% ../../nbs/quant/31_sim.ipynb #a45f2caa
@@ -803,18 +823,17 @@ def _place(net, bits):
     Returns what became of each operator."""
     nodes = list(_fuse_clips(net).graph.nodes)
     at = {}
-    integer = [
-        n for n in nodes if n.meta["kind"] not in (None, "input", "pass") and not n.meta["why"]
-    ]
+    _leave_what_floats_read(nodes)
+    integer = _on_integers(nodes)
     needed = {_root(i) for n in integer for i in _inputs(n)} | {
-        n for n in integer if not module_at(net, n, nn.Linear)
+        n for n in integer if not _may_end_in_float(net, n)
     }
     for n in nodes:
         if n not in needed and n not in integer and "clip" not in n.meta:
             continue
         w_bits, a_bits = bits(_name(n))
         at[n] = Quantizer(a_bits if n in needed else None, n.meta.get("clip"))
-        if n not in integer or n.meta["kind"] not in ("layer", "add", "multiply"):
+        if n not in integer or n.meta["kind"] not in ("layer", *_PAIRS):
             _append(net, n, at[n])
         elif n.meta["kind"] == "layer":
             net.set_submodule(
@@ -829,7 +848,31 @@ def _place(net, bits):
     return Report(_fate(n, n in integer) for n in nodes if n.meta["kind"] not in (None, "input"))
 
 # %% ../../nbs/quant/31_sim.ipynb #b7fea563
-_PAIRS = dict(add=QuantAdd, multiply=QuantMul)
+_PAIRS = {"add": QuantAdd, "multiply": QuantMul, "matrix product": QuantMatMul}
+_JOINS = ("add", "multiply", "concatenate")  # worth integers only where integers are read
+
+
+def _on_integers(nodes):
+    return [n for n in nodes if n.meta["kind"] not in (None, "input", "pass") and not n.meta["why"]]
+
+
+def _leave_what_floats_read(nodes):
+    """A sum that only float operators read gains nothing from a grid, and loses digits: in a
+    transformer, the sums between one layer norm and the next"""
+    integer = set(_on_integers(nodes))
+    wanted = set()
+    for n in reversed(nodes):
+        joins = n.meta["kind"] in _JOINS
+        if n.op == "output" or n in integer and not joins:
+            wanted.update(n.all_input_nodes)
+        elif n in wanted and (joins and n in integer or n.meta["kind"] in ("pass", "clip")):
+            wanted.update(n.all_input_nodes)
+        elif joins and n in integer:
+            n.meta["why"] = "only float operators read it"
+
+
+def _may_end_in_float(net, node):
+    return module_at(net, node, nn.Linear) or node.meta["kind"] == "matrix product"
 
 
 def _root(node):
@@ -973,8 +1016,13 @@ def integer_share(
     whole = {
         name for name, m in qmodel.layers().items() if m.on and m.source is not None and m.source.on
     }
+    whole |= {f"quantizers.{name}" for name, m in qmodel._called() if _is_whole_product(m)}
     macs = sum(layer.macs for layer in costs.layers if layer.name in whole)
     return macs / costs.macs if costs.macs else 0.0
+
+
+def _is_whole_product(m):
+    return isinstance(m, QuantMatMul) and all(s is not None and s.on for s in m._sources)
 
 # %% ../../nbs/quant/31_sim.ipynb #5047b89c
 def quantize(
@@ -1020,11 +1068,16 @@ def quantize(
     if ranges == "output":
         _keep_better(qm, device, memory)
     if qm.report.floats:
-        warnings.warn(
-            "left in float: " + ", ".join(f"{n} ({why})" for n, why in qm.report.floats.items())
-        )
+        warnings.warn(f"left in float: {_listed(qm.report.floats)}")
     _warn_if_lost(qm, device, memory)
     return qm
+
+
+def _listed(floats, most=12):
+    "What stays in float and why, the first of them"
+    rows = [f"{name} ({why})" for name, why in floats.items()]
+    more = f", and {len(rows) - most} more: see .report" if len(rows) > most else ""
+    return ", ".join(rows[:most]) + more
 
 # %% ../../nbs/quant/31_sim.ipynb #05577f77
 def _structure(model, x, settings):
@@ -1309,7 +1362,11 @@ def _avoid_all_ties(net):
             source = _source(net, node.args[0])
             if source.on:
                 _avoid_ties(m, _all_numbers(source).sigmoid(), 2e-4)
-        if isinstance(m, _Pair) and m.out.on and all(s is not None and s.on for s in m._sources):
+        if (
+            isinstance(m, (QuantAdd, QuantMul))
+            and m.out.on
+            and all(s is not None and s.on for s in m._sources)
+        ):
             a, b = (_all_numbers(s) for s in m._sources)
             _avoid_ties(m.out, m.plain(a[:, None], b[None]).flatten(), 4e-5)
 
