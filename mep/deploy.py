@@ -31,6 +31,7 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
+from .capture import len_is_size
 from .store import write_atomic
 from .train import sqnr_db
 
@@ -272,7 +273,8 @@ def export_onnx(
     x = _example(shape)
     names = _output_names(_forward(net, x))
     try:
-        proto, warned = _trace(net, x, names, opset, dynamo)
+        with len_is_size(net):
+            proto, warned = _trace(net, x, names, opset, dynamo)
     except Exception as e:
         raise ExportError(
             f"torch cannot export {type(model).__name__}: {str(e).strip().splitlines()[0]}"

@@ -812,7 +812,7 @@ def _compare(model, net, x, least=60):
         else "behind its last layer"
     )
     raise TraceError(
-        f"the recorded graph computes something else than the network; it starts {at}. What torch.fx "
+        f"the recorded graph computes something else than the network; it starts {at}. What the recorder "
         "can't see there must be rewritten: a branch or a number taken from the image, or a tensor changed "
         "in place through another name"
     )

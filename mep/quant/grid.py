@@ -424,22 +424,36 @@ def bounded_grid(
 ) -> Grid:  # With `pair_limit`
     "The grid with a limit for pairs, its steps as wide as is best for the weight's squared error."
     base = replace(grid, pair_limit=limit)
-    best = base.scale
-    least = _row_errors(w, base)
-    if not (pair_sums(quantize(w, replace(grid, pair_limit=None))).abs() > limit).any():
+    over = pair_sums(quantize(w, replace(grid, pair_limit=None))).abs() > limit
+    if not over.any():
         return base
+    best = base.scale
+    least = _row_errors(w, base, over)
     for factor in torch.linspace(1, 2, 41)[1:].tolist():
         wider = replace(base, scale=base.scale * factor)
-        error = _row_errors(w, wider)
+        error = _row_errors(w, wider, over)
         best = torch.where(error < least, wider.scale, best)
         least = torch.minimum(error, least)
     return replace(base, scale=best)
 
 
-def _row_errors(w, grid):
-    "The squared error of each part that has a scale of its own: [] or [C_out]"
-    error = (fake_quant(w, grid) - w).square().flatten(1).sum(1)
+def _row_errors(w, grid, over):
+    """The squared error of each part that has a scale of its own: [] or [C_out]. Only the pairs
+    that are `over` the limit on the narrowest grid [C_out, d // 2] can be so on a wider one."""
+    flat, _ = _lanes(w)
+    scale = grid.scale.expand(len(w))
+    error = _rounding_errors(flat, scale[:, None], grid).sum(1)
+    row, k = over.nonzero().T
+    pairs = torch.stack([flat[row, 2 * k], flat[row, 2 * k + 1]], 1)
+    steps = scale[row, None]
+    limited = bound_pairs(pairs / steps, grid).mul(steps).sub(pairs).square()
+    error.index_add_(0, row, (limited - _rounding_errors(pairs, steps, grid)).sum(1))
     return error.sum() if grid.axis is None else error
+
+
+def _rounding_errors(w, steps, grid):
+    rounded = (w / steps).round_().clamp_(grid.qmin, grid.qmax).mul_(steps)
+    return rounded.sub_(w).square_()
 
 # %% ../../nbs/quant/30_grid.ipynb #dca06aeb
 def neighbours(

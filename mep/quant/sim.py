@@ -385,7 +385,7 @@ def _trace(model, x=None):
 
 # %% ../../nbs/quant/31_sim.ipynb #dacacbda
 def fold_bn(
-    model: nn.Module,  # Any network that torch.fx can trace; not changed
+    model: nn.Module,  # Any network that `trace` can record; not changed
     # Images [N, C, H, W] on which the recording is compared with the network; None: it isn't
     x: Tensor | None = None,
 ) -> fx.GraphModule:  # The same function
@@ -1026,7 +1026,7 @@ def _is_whole_product(m):
 
 # %% ../../nbs/quant/31_sim.ipynb #5047b89c
 def quantize(
-    model: nn.Module,  # Any network that torch.fx can trace; not changed
+    model: nn.Module,  # Any network that `trace` can record; not changed
     calib: Tensor | Iterable,  # Images [N, C, H, W] as in training, or batches (x, y)
     w_bits: int | None = 8,  # Bits of the weights, 2 to 16; None: float
     a_bits: int | None = 8,  # Bits of the activations, 2 to 16; None: float
