@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .registry import first_line, split_name, user_function
 from .store import content_hash
-from .train import evaluating, reference
+from .train import evaluating, nonfinite, reference
 
 # %% ../nbs/09_networks.ipynb #b33f5832
 def build_network(
@@ -157,7 +157,7 @@ def load_weights(
             f"{path} holds no state dict: save it with torch.save(net.state_dict(), file)"
         )
     _check_stored(path, sd)
-    bad = [k for k, v in sd.items() if v.is_floating_point() and not v.isfinite().all()]
+    bad = nonfinite(sd.items())
     if bad:
         raise ValueError(
             f"{path}: {bad[0]} holds NaN or infinite values{f', and {len(bad) - 1} more tensors do' if bad[1:] else ''}"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REFERENCES', 'OPTIMIZERS', 'BasicBlock', 'SqueezeExcite', 'InvertedResidual', 'small_resnet', 'small_mobilenet',
            'reference', 'evaluating', 'undisturbed', 'logits', 'accuracy', 'agreement', 'sqnr_db', 'cosine', 'Ema',
-           'soft_targets', 'tap', 'feature_loss', 'make_optimizer', 'NanError', 'first_nonfinite', 'progress_bar',
-           'Fit', 'fit', 'recalibrate_bn']
+           'soft_targets', 'tap', 'feature_loss', 'make_optimizer', 'nonfinite', 'check_weights', 'NanError',
+           'first_nonfinite', 'progress_bar', 'Fit', 'fit', 'recalibrate_bn']
 
 # %% ../nbs/01_train.ipynb #e3085723
 import copy
@@ -510,16 +510,28 @@ def make_optimizer(
     )
 
 # %% ../nbs/01_train.ipynb #f8891d93
+def nonfinite(
+    named,  # Names with tensors, as `named_parameters` or `state_dict().items()` give them
+) -> list:
+    "The names of the tensors that hold NaN or infinity."
+    return [name for name, t in named if t.is_floating_point() and not t.isfinite().all()]
+
+
+def check_weights(
+    model: nn.Module,  # Network; not changed
+):
+    "Raises ValueError that names the first parameter or buffer that holds NaN or infinity."
+    bad = nonfinite(model.state_dict().items())
+    if bad:
+        raise ValueError(
+            f"{bad[0]} holds NaN or infinity: train the network again, or load other weights"
+        )
+
+
 def _bad_tensor(kind, named):
     "The first of the named tensors that is not finite, described, or None."
-    return next(
-        (
-            f"{kind} {name!r}"
-            for name, t in named
-            if t.is_floating_point() and not t.isfinite().all()
-        ),
-        None,
-    )
+    bad = nonfinite(named)
+    return f"{kind} {bad[0]!r}" if bad else None
 
 
 def _bad_state(model):

@@ -37,19 +37,10 @@ from ..cost import Table, profile
 from ..data import Data, calibration
 from ..deploy import export_onnx, latencies
 from ..graph import is_plain, lockstep, note_shapes, resolve, swap, tensors, that_fit, trace
-from mep.moments import (
-    Moments,
-    Quadratic,
-    image_batches,
-    observe,
-    outputs_at,
-    patches,
-    positions,
-    rows,
-)
+from ..moments import Quadratic, best_rows, image_batches, layer_quadratic, observe, rows
 from ..plot import COLORS, style
 from ..store import Store, content_hash, load as load_artifact, save as save_artifact
-from ..train import agreement, evaluating, fit, logits, progress_bar
+from ..train import agreement, check_weights, evaluating, fit, logits, progress_bar, tap
 
 # %% ../../nbs/compress/24_select.ipynb #6c5f2129
 class Layer(NamedTuple):
@@ -151,36 +142,25 @@ def sensitivity(
     """How much noise at a layer's output moves the network's output: noise of covariance S
     adds tr(G S) to its squared error. Of several outputs, each counts relative to its
     power. One backward pass for each probe."""
-    outs = {}
     found = {}
     n = 0
     random = torch.Generator().manual_seed(seed)
-    hooks = [
-        net.get_submodule(name).register_forward_hook(
-            lambda m, args, out, name=name: outs.__setitem__(name, (m, out))
-        )
-        for name in names
-    ]
-    try:
-        with evaluating(net), torch.enable_grad():
-            for x in progress_bar(batches, progress, desc="sensitivity"):
-                z = _answers_of(net(x.clone().requires_grad_(True)))
-                n = n + len(x)
-                weights = _weights(z)
-                for k in range(probes):
-                    aim = sum(w**0.5 * (o * _probe(o, random)).sum() for w, o in zip(weights, z))
-                    gradients = torch.autograd.grad(
-                        aim,
-                        [out for _, out in outs.values()],
-                        retain_graph=k < probes - 1,
-                        allow_unused=True,
-                        materialize_grads=True,
-                    )
-                    for (name, (m, _)), g in zip(outs.items(), gradients):
-                        found[name] = found.get(name, 0) + _square(m, g)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with tap(net, names) as outs, evaluating(net), torch.enable_grad():
+        for x in progress_bar(batches, progress, desc="sensitivity"):
+            z = _answers_of(net(x.clone().requires_grad_(True)))
+            n = n + len(x)
+            weights = _weights(z)
+            for k in range(probes):
+                aim = sum(w**0.5 * (o * _probe(o, random)).sum() for w, o in zip(weights, z))
+                gradients = torch.autograd.grad(
+                    aim,
+                    list(outs.values()),
+                    retain_graph=k < probes - 1,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for name, g in zip(outs, gradients):
+                    found[name] = found.get(name, 0) + _square(net.get_submodule(name), g)
     return {name: g / (n * probes) for name, g in found.items()}
 
 # %% ../../nbs/compress/24_select.ipynb #85fd7a23
@@ -237,9 +217,7 @@ class Target(NamedTuple):
 
     @property
     def explained(self) -> float:
-        return (
-            (self.c * torch.cholesky_solve(self.c.T, torch.linalg.cholesky(self.h)).T).sum().item()
-        )
+        return (self.c * best_rows(self.h, self.c)).sum().item()
 
 
 def target_of(
@@ -251,25 +229,11 @@ def target_of(
     strength: float = 1e-4,  # How much the old weights count, relative to the mean variance of the inputs
 ) -> Target:
     "The error of a layer's output, seen from the output of the network"
-    w = rows(op.weight.detach(), op)[0].double()
-    c = f.c[0].double()
-    (h, extra) = _damped(f.h[0].double(), strength)
+    near = f.to(torch.float64).near(rows(op.weight.detach(), op).double(), strength)
+    c = near.c[0]
     root, back = _roots(torch.eye(len(c)).to(c) if g is None else g)
-    t = Target(op, h, root @ (c + extra * w), root, back, 0.0)
+    t = Target(op, near.h[0], root @ c, root, back, 0.0)
     return t._replace(power=max(t.explained if power is None else power, 1e-30))
-
-
-def _damped(h, strength):
-    """H [.., d, d] plus the multiple of its mean variance that makes it positive definite,
-    `strength` at the least, and what was added"""
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
-    eye = torch.eye(h.shape[-1]).to(h)
-    while (
-        strength < 1
-        and torch.linalg.cholesky_ex(h + strength * mean[..., None, None] * eye).info.any()
-    ):
-        strength *= 10
-    return h + strength * mean[..., None, None] * eye, strength * mean
 
 
 def _roots(g, floor=1e-5):
@@ -543,9 +507,7 @@ def _factor(net, group, order, name, f, g, job):
         group.consumers[name], order[len(order) // 2 :], group.width
     ).repeat_interleave(f.h.shape[-1] // len(group.consumers[name]))
     w = torch.zeros_like(t.c)
-    w[:, columns] = torch.cholesky_solve(
-        t.c[:, columns].T, torch.linalg.cholesky(t.h[columns][:, columns])
-    ).T
+    w[:, columns] = best_rows(t.h[columns][:, columns], t.c[:, columns])
     ratio = felt(net, name, f, t.back @ w, job.some) / max(t.power - (w * t.c).sum().item(), 1e-30)
     if m is None:
         return ratio
@@ -604,12 +566,12 @@ def _narrow(group, name, keep, layer, f, g, op):
     if name in group.producers:
         rows_ = _stays(group.producers[name], keep, group.width)
         g = _passed_on(g, layer.op, f, rows_)
-        f = f._replace(c=f.c[:, rows_], var=f.var[:, rows_], mean_y=f.mean_y[:, rows_])
+        f = f.outputs(rows_)
     if name in group.consumers:
         cols = _stays(group.consumers[name], keep, group.width).repeat_interleave(
             f.h.shape[-1] // len(group.consumers[name])
         )
-        f = f._replace(h=f.h[:, cols][:, :, cols], c=f.c[..., cols], mean_x=f.mean_x[:, cols])
+        f = f.inputs(cols)
     macs = layer.macs * op.weight.numel() // layer.op.weight.numel()
     return layer._replace(op=op, macs=macs), f, g, power
 
@@ -750,34 +712,18 @@ def load_compressed(
     return new.eval()
 
 # %% ../../nbs/compress/24_select.ipynb #d879c171
-def _moments_of(stop, stays, samples, seed):
+def _quadratic(stop, stays, samples, seed):
     """The quadratic of a layer: inputs as the changed network gives them, outputs as the exact
     one wants them, and what the other summand lacks on top"""
-    op = stop.exact
-    new = stop.changed
-    moments = Moments()
-    random = torch.Generator().manual_seed(seed)
-    for x, x_new, lack in stop.inputs():
-        at = positions(op, x, math.ceil(samples / stop.n), random)
-        y = (rows(op.weight.detach(), op) @ patches(op, x, at)).flatten(0, 1)
-        if op.bias is not None:
-            y = y + op.bias.detach()[:, None]
-        if lack is not None and isinstance(op, nn.Conv2d):
-            y = y + outputs_at(lack, at, 1)[0]
-        moments.add(
-            patches(new, x_new, at),
-            (y if stays is None else y[stays]).unflatten(0, (getattr(new, "groups", 1), -1)),
-        )
-    return moments.quadratic(centred=op.bias is not None)
+    adds = isinstance(stop.exact, nn.Conv2d)
+    lack = (lambda t: t) if adds else None
+    return layer_quadratic(stop, samples, seed, None, stop.changed, stays, lack)
 
 
-def _least_squares(op, f, strength=1e-4):
+def _least_squares(op, f):
     "The best weights of a layer that stays whole [g, r, d]"
     w = rows(op.weight.detach(), op).double()
-    h, extra = _damped(f.h.double(), strength)
-    return torch.cholesky_solve(
-        (f.c.double() + extra[:, None, None] * w).mT, torch.linalg.cholesky(h)
-    ).mT.to(op.weight)
+    return f.to(torch.float64).near(w, 1e-4).solve().to(op.weight)
 
 
 def _weight(formula, factors):
@@ -874,7 +820,7 @@ def realize(
         name = stop.name
         choice = plan.layers.get(stop.name)
         stays = masks.get(stop.name)
-        f = _moments_of(stop, stays, samples, seed)
+        f = _quadratic(stop, stays, samples, seed)
         g = gs.get(name)
         if g is not None and stays is not None:
             g = g[stays][:, stays]
@@ -1658,11 +1604,7 @@ def _check(job, model):
         raise ValueError(f"select={job.select!r} knows MACs only: give macs=, or select='knapsack'")
     if unknown := [n for n in job.skip if n not in dict(model.named_modules())]:
         raise ValueError(f"skip names a layer {unknown[0]!r} that the network does not have")
-    for name, t in model.state_dict().items():
-        if t.is_floating_point() and not t.isfinite().all():
-            raise ValueError(
-                f"{name} holds NaN or infinity: train the network again, or load other weights"
-            )
+    check_weights(model)
 
 # %% ../../nbs/compress/24_select.ipynb #0e7eebae
 def compress(
