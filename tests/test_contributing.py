@@ -9,6 +9,8 @@ import joblib
 import pytest
 import torch
 
+from mep.compress import COMPRESSIONS, compress, load_compressed, save_compressed
+from mep.compress.select import Plan, apply_plan
 from mep.data import DATASETS, Source, check_name, fingerprint, load
 from mep.nas import CELLS, BlockLibrary, make_cell
 from mep.nas.finetune import trained_accuracies
@@ -31,7 +33,7 @@ TINY = "--epochs 1 --n-train 128 --n-test 50 --n-calib 32 --n-latency 3 --quiet"
 @pytest.fixture(autouse=True)
 def registries():
     "What a test registers is gone after it."
-    before = [(r, dict(r)) for r in (CELLS, DATASETS, ROUNDINGS)]
+    before = [(r, dict(r)) for r in (CELLS, COMPRESSIONS, DATASETS, ROUNDINGS)]
     yield
     for records, known in before:
         records.clear()
@@ -70,7 +72,7 @@ def refuses(capsys, words, says):
 
 
 def test_the_page_has_them_all():
-    assert list(FILES) == ["squeezed.py", "stripes.py", "sparse.py"]
+    assert list(FILES) == ["squeezed.py", "stripes.py", "sparse.py", "grouped.py"]
     assert all(len(text.splitlines()) <= 15 for text in FILES.values())
 
 
@@ -167,6 +169,68 @@ def test_a_method_that_learns_from_labels(folder):
     assert quantize_by("labels.py:taught", net, data=data).layers()
     with pytest.raises(ValueError, match="taught needs images with labels"):
         quantize_by("labels.py:taught", net, torch.zeros(4, 1, 8, 8))
+
+
+def test_a_compression_method(folder):
+    report = run("grouped.py", "--n-train", "512")
+    assert list(report.nets) == ["FP32", "compressed", "INT8"]
+    assert any("grouped" in note for note in report.notes)
+    assert {"reference", "compress"} <= set(reused(run("grouped.py", "--n-train", "512")))
+    edit(folder / "grouped.py", "(4, 2)", "(8, 4, 2)")
+    assert (
+        "reference" in (again := reused(run("grouped.py", "--n-train", "512")))
+        and "compress" not in again
+    )
+
+
+def test_a_compression_method_for_one_file(folder, capsys):
+    words = (
+        "compress --model squeezed.py:network --data digits --n-train 128 --n-test 32 --macs 0.7 "
+        "--n-latency 3 --compress-by grouped.py:grouped --quiet -o c.onnx"
+    )
+    assert main(words.split()) == 0
+    assert (folder / "c.onnx").is_file()
+    refuses(capsys, words.replace("c.onnx", "grouped.py"), "also the file of --compress-by")
+    refuses(capsys, words.replace(":grouped ", ":grouped,grouped "), "names grouped 2 times")
+    refuses(capsys, words.replace(":grouped ", ":grown "), "has no function 'grown'")
+
+
+@pytest.mark.parametrize("method", ["grouped.py:grouped", "grouped"])
+def test_a_compression_method_in_a_worker_process(method, folder):
+    with user_function("grouped.py:grouped"):
+        pass
+    net = small_resnet(10, 1, width=8).eval()
+    images = torch.linspace(-1, 1, 64 * 64).sin().view(64, 1, 8, 8)
+    how = dict(macs=0.7, steps=2, fit_steps=4, progress=False)
+    found = [compress(net, images, methods=(method,), n_jobs=n, **how) for n in (1, 2)]
+    rows = [[(r.method, r.rank) for r in small.report] for small in found]
+    assert rows[0] == rows[1]
+    assert {m for m, _ in rows[0]} == {"", "grouped"}
+    y = [small.model(images) for small in found]
+    assert torch.equal(*y)
+
+
+def test_a_compression_method_beside_channels(folder):
+    "Groups of what is left of a layer, in a file that is read again"
+    with user_function("grouped.py:grouped"):
+        pass
+    net = small_resnet(10, 1, width=4).eval()
+    images = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    how = dict(shares=(0.3, 0.6), steps=2, fit_steps=4, progress=False)
+    small = compress(net, images, macs=0.5, methods=("grouped", "channel"), **how)
+    assert small.report.plan.channels
+    assert small.report.share <= 0.5
+    save_compressed(folder / "c.safetensors", small.model, small.report.plan)
+    again = load_compressed(folder / "c.safetensors", net)
+    assert torch.equal(again(images), small.model(images))
+    plain = compress(net, images, macs=0.7, methods=("grouped",), refit=False, **how)
+    assert plain.model(images).isfinite().all()
+
+
+def test_a_plan_of_a_method_that_is_not_there(folder):
+    plan = Plan((1, 8, 8), {"blocks.0.body.0": ("grouped", 2)})
+    with pytest.raises(ValueError, match="method 'grouped' is unknown"):
+        apply_plan(small_resnet(10, 1, width=8), plan)
 
 
 WRONG = [

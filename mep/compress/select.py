@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'DEFAULT_METHODS', 'KEEP', 'CHOOSE', 'Layer', 'folded', 'sensitivity', 'Target', 'target_of', 'refine',
-           'cuts', 'felt', 'Option', 'front_of', 'MacsCost', 'layer_options', 'least_loss', 'Plan', 'apply_plan',
-           'save_compressed', 'load_compressed', 'realize', 'Row', 'Report', 'Compressed', 'plot_report', 'MsCost',
-           'greedy', 'compress']
+           'cuts', 'felt', 'Option', 'front_of', 'MacsCost', 'ChainMethod', 'layer_options', 'least_loss', 'Plan',
+           'apply_plan', 'save_compressed', 'load_compressed', 'realize', 'Row', 'Report', 'Compressed', 'plot_report',
+           'ChannelMethod', 'MsCost', 'greedy', 'compress']
 
 # %% ../../nbs/compress/24_select.ipynb #783c1bd6
 import copy
-import difflib
 import math
 import tempfile
 import time
@@ -31,13 +30,21 @@ from torch import Tensor, fx, nn
 
 from .. import pareto
 from . import tensor
-from .channel import SELECT, Share, channel_groups, remove
-from .svd import METHODS, compose, sizes
+from .channel import SELECT, Share, channel_groups, channel_prune, remove
+from mep.compress.methods import (
+    COMPRESSIONS,
+    Compression,
+    LayerMethod,
+    find_compression,
+    within_shares,
+)
+from .svd import METHODS, Method, compose, sizes
 from ..cost import Table, profile
 from ..data import Data, calibration
 from ..deploy import export_onnx, latencies
 from ..graph import is_plain, lockstep, note_shapes, resolve, swap, tensors, that_fit, trace
 from ..moments import Quadratic, best_rows, image_batches, layer_quadratic, observe, rows
+from ..registry import carried
 from ..plot import COLORS, style
 from ..store import Store, content_hash, load as load_artifact, save as save_artifact
 from ..train import agreement, check_weights, evaluating, fit, logits, progress_bar, tap
@@ -300,12 +307,12 @@ def refine(
 def cuts(
     t: Target,  # What is wanted of a layer
     f: Quadratic,  # Its quadratic
-    method: str,  # Key of `METHODS`
+    method: str | Method,  # Key of `METHODS`, or one of its own
     ranks: list,  # To cut at
     steps: int = 10,  # Of `refine`
 ) -> list:  # (rank, weights, loss as a share of the power)
     "A layer cut at several ranks, seen from the network's output"
-    m = METHODS[method]
+    m = METHODS[method] if isinstance(method, str) else method
     twin = copy.deepcopy(t.op)
     twin.weight = nn.Parameter(
         (t.root @ rows(t.op.weight.detach(), t.op)[0].double())
@@ -397,27 +404,64 @@ class MacsCost:
         times = layer.macs // layer.op.weight.numel() if not layer.hw else 1
         return [
             layer.macs * op.weight.numel() // layer.op.weight.numel(),
-            *(times * METHODS[m].macs(op, rank, layer.hw or None) for m, rank in choices),
+            *(times * COMPRESSIONS[m].macs(op, rank, layer.hw or None) for m, rank in choices),
         ]
 
 
-def _affordable(op, layer, method, shares, multiple):
-    "For each share of the layer's MACs, the highest rank within it"
-    m = METHODS[method]
-    price = MacsCost()
-    found = []
-    tops = m.max_rank(op)
-    ranks = (
-        m.bench(op).ranks(multiple)
-        if len(tops) > 1
-        else [*range(multiple, tops[0] + 1, multiple)] or [tops[0]]
-    )
-    full, *costs = price(op, layer, [(method, r) for r in ranks])
-    for s in shares:
-        fits = [r for r, c in zip(ranks, costs) if c <= s * full]
-        if fits and fits[-1] not in found:
-            found.append(fits[-1])
-    return found
+@dataclass(frozen=True)
+class ChainMethod(LayerMethod):
+    "A chain of layers, told by an einsum"
+
+    cut: Method = None
+
+    @property
+    def near_its_end(self):
+        return self.cut.best  # a start by SVD is
+
+    def why_not(self, op):
+        return self.cut.why_not(op)
+
+    def options(self, op, layer, shares, multiple=1):
+        tops = self.cut.max_rank(op)
+        if len(tops) > 1:
+            ranks = self.cut.bench(op).ranks(multiple)
+        else:
+            ranks = [*range(multiple, tops[0] + 1, multiple)] or [tops[0]]
+        full, *costs = MacsCost()(op, layer, [(self.name, r) for r in ranks])
+        return within_shares(ranks, costs, full, shares)
+
+    def any_setting(self, op):
+        return self.cut.max_rank(op)
+
+    def macs(self, op, setting, input_hw=None):
+        return self.cut.macs(op, setting, input_hw)
+
+    def refit(self, target, quad, settings, steps):
+        found = cuts(target, quad, self.cut, settings, steps)
+        return [(rank, {str(i): t for i, t in enumerate(ts)}, lost) for rank, ts, lost in found]
+
+    def weight(self, op, setting, tensors):
+        return compose(self.cut.formula, list(tensors.values())).flatten(1)[None]
+
+    def from_weights(self, op, setting):
+        return self.cut.factor(op, setting)
+
+    def blank(self, op, setting):
+        ranks = setting if isinstance(setting, tuple) else (setting,)
+        size = sizes(op)[1] | dict(zip(self.cut.letters, ranks))
+        factors = [op.weight.new_zeros(1, *(size[l] for l in term)) for term in self.cut.terms]
+        return self.cut.modules(op, factors, op.bias)
+
+    def module(self, op, setting, tensors, bias=None, scale=None):
+        last, *first = tensors.values()
+        if scale is not None:
+            last = last / scale.view(-1, *[1] * (last.ndim - 1))
+        return self.cut.modules(op, [t[None] for t in (last, *first)], bias)
+
+
+COMPRESSIONS.update(
+    {m.name: ChainMethod(m.name, m.formula, m.start, cut=m) for m in METHODS.values()}
+)
 
 # %% ../../nbs/compress/24_select.ipynb #2ee94ad6
 def layer_options(
@@ -425,7 +469,7 @@ def layer_options(
     layer: Layer,  # What is known of it
     f: Quadratic,  # Its quadratic
     g: Tensor,  # Its sensitivity
-    methods: Iterable,  # Keys of `METHODS`
+    methods: Iterable,  # Keys of `COMPRESSIONS`
     cost: Callable | None = None,  # What candidates cost; None: MACs
     shares: Iterable = SHARES,  # Of the layer's MACs, at which each method is tried
     multiple: int = 1,  # Ranks are multiples of this
@@ -437,12 +481,13 @@ def layer_options(
     op = layer.op
     t = target_of(layer.op, f, g, power)
     found = []
-    for m in (m for m in methods if not METHODS[m].why_not(op)):
-        effort = steps // 3 if METHODS[m].best else steps  # a start by SVD is near its end
-        found += [
-            (m, rank, lost)
-            for rank, _, lost in cuts(t, f, m, _affordable(op, layer, m, shares, multiple), effort)
-        ]
+    for name_of_method in methods:
+        m = COMPRESSIONS[name_of_method]
+        if m.why_not(op):
+            continue
+        effort = steps // 3 if m.near_its_end else steps
+        settings = m.options(op, layer, shares, multiple)
+        found += [(m.name, s, lost) for s, _, lost in m.refit(t, f, settings, effort)]
     whole, *costs = (cost or MacsCost())(op, layer, [(m, rank) for m, rank, _ in found])
     least = max(0.0, t.power - t.explained)
     return [
@@ -502,7 +547,8 @@ def _factor(net, group, order, name, f, g, job):
     measured, over what was predicted"""
     op = net.get_submodule(name)
     t = target_of(op, f, g)
-    m = next((METHODS[m] for m in job.cutters if not METHODS[m].why_not(op)), None)
+    cutters = (COMPRESSIONS[m] for m in job.cutters)
+    m = next((m for m in cutters if not m.why_not(op)), None)
     columns = _stays(
         group.consumers[name], order[len(order) // 2 :], group.width
     ).repeat_interleave(f.h.shape[-1] // len(group.consumers[name]))
@@ -511,18 +557,11 @@ def _factor(net, group, order, name, f, g, job):
     ratio = felt(net, name, f, t.back @ w, job.some) / max(t.power - (w * t.c).sum().item(), 1e-30)
     if m is None:
         return ratio
-    ((_, factors, lost),) = cuts(
-        t,
-        f,
-        m.name,
-        _affordable(op, Layer(op, "", None, op.weight.numel(), ()), m.name, [0.4], 1)[:1]
-        or [m.max_rank(op)],
-        job.steps,
-    )
-    return ratio / max(
-        felt(net, name, f, _weight(m.formula, factors)[0], job.some) / max(lost * t.power, 1e-30),
-        1e-3,
-    )
+    alone = Layer(op, "", None, op.weight.numel(), ())
+    settings = m.options(op, alone, [0.4], 1)[:1] or [m.any_setting(op)]
+    ((setting, tensors, lost),) = m.refit(t, f, settings, job.steps)
+    moved = felt(net, name, f, m.weight(op, setting, tensors)[0], job.some)
+    return ratio / max(moved / max(lost * t.power, 1e-30), 1e-3)
 
 
 def _share(group, name, op, f, g):
@@ -639,6 +678,13 @@ class Plan:
             channels={n: list(c) for n, c in self.channels.items()},
         )
 
+    def by_method(self) -> dict:  # Method -> its choices: layer or group -> setting
+        "The same, by who carries it out: channels first."
+        found = {"channel": self.channels} if self.channels else {}
+        for layer, (method, setting) in self.layers.items():
+            found.setdefault(method, {})[layer] = setting
+        return found
+
     @classmethod
     def from_dict(cls, d: dict) -> "Plan":
         layers = {
@@ -655,35 +701,27 @@ def apply_plan(
     """The structure that a plan describes. Raises ValueError if the network isn't the one that
     was planned for."""
     model = resolve(model)
-    small = remove(model, _kept(model, plan)) if plan.channels else model
-    modules = dict(small.named_modules())
+    modules = dict(model.named_modules())
     if unknown := [n for n in plan.layers if n not in modules]:
         raise ValueError(
             f"the plan names a layer {unknown[0]!r} that the network does not have: give the "
             "network that was compressed"
         )
-    return swap(
-        small,
-        {
-            n: METHODS[m].modules(modules[n], _blank(modules[n], METHODS[m], rank), modules[n].bias)
-            for n, (m, rank) in plan.layers.items()
-        },
-    )
+    small = swap(model, {})
+    for method, choices in plan.by_method().items():
+        small = find_compression(method).apply(small, choices, plan.input_shape)
+    return small
 
 # %% ../../nbs/compress/24_select.ipynb #d39b1892
-def _kept(model, plan):
-    groups = {g.name: g for g in channel_groups(model, plan.input_shape)} if plan.channels else {}
-    if unknown := [n for n in plan.channels if n not in groups]:
+def _kept(model, channels, input_shape):
+    "`ChannelGroup` -> channels that stay, for groups by name"
+    groups = {g.name: g for g in channel_groups(model, input_shape)} if channels else {}
+    if unknown := [n for n in channels if n not in groups]:
         raise ValueError(
             f"the plan names channels of {unknown[0]!r} that the network does not have: give the "
             "network that was compressed"
         )
-    return {groups[n]: keep for n, keep in plan.channels.items()}
-
-
-def _blank(op, method, rank):
-    size = sizes(op)[1] | dict(zip(method.letters, rank if isinstance(rank, tuple) else (rank,)))
-    return [op.weight.new_zeros(1, *(size[l] for l in term)) for term in method.formula.split(",")]
+    return {groups[n]: keep for n, keep in channels.items()}
 
 
 def save_compressed(
@@ -725,53 +763,51 @@ def _least_squares(op, f):
     w = rows(op.weight.detach(), op).double()
     return f.to(torch.float64).near(w, 1e-4).solve().to(op.weight)
 
-
-def _weight(formula, factors):
-    return compose(formula, list(factors)).flatten(1)[None]
-
 # %% ../../nbs/compress/24_select.ipynb #05283108
 def _solve(stop, f, choice, g, steps):
-    "New weights of a layer, by their place in its chain"
+    "New weights of a layer, by their names"
+    op = stop.changed
     if choice is None:
-        return dict(whole=_least_squares(stop.changed, f))
-    method, rank = choice
-    ((_, factors, _),) = cuts(target_of(stop.changed, f, g), f, method, [rank], steps)
-    return {str(i): t.to(stop.changed.weight) for i, t in enumerate(factors)}
+        return dict(whole=_least_squares(op, f))
+    method, setting = choice
+    ((_, tensors, _),) = COMPRESSIONS[method].refit(target_of(op, f, g), f, [setting], steps)
+    return {name: t.to(op.weight) for name, t in tensors.items()}
 
 
-def _modules(op, choice, found, bias, scale):
-    "The layer with its new weights, the last of them divided by `scale`, and what it computes as one matrix"
-
-    def divided(t):
-        return t / scale.view(-1, *[1] * (t.ndim - 1))
-
-    if choice is None:
-        new = copy.deepcopy(op)
-        new.weight = nn.Parameter(
-            divided(found["whole"].view_as(op.weight)), op.weight.requires_grad
-        )
-        if bias is not None:
-            new.bias = nn.Parameter(bias, op.weight.requires_grad)
-        return new
-    method = METHODS[choice[0]]
-    (last, *first) = found.values()
-    return method.modules(op, [t[None] for t in (divided(last), *first)], bias)
+def _module(op, choice, found, bias, scale=None):
+    "The layer with its new weights, the last of them divided by `scale`"
+    if choice is not None:
+        method, setting = choice
+        return COMPRESSIONS[method].module(op, setting, found, bias, scale)
+    new = copy.deepcopy(op)
+    w = found["whole"].view_as(op.weight)
+    if scale is not None:
+        w = w / scale.view(-1, *[1] * (w.ndim - 1))
+    new.weight = nn.Parameter(w, op.weight.requires_grad)
+    if bias is not None:
+        new.bias = nn.Parameter(bias, op.weight.requires_grad)
+    return new
 
 
-def _put(new, name, layer, choice, found, bias, stays):
+def _in_order(module):
+    "The layers that stand for one"
+    return list(module) if isinstance(module, nn.Sequential) else [module]
+
+
+def _put(new, name, layer, op, choice, found, bias, stays):
     "Write a layer that was fitted with its batch norm folded in into the network where the two are apart"
     scale = layer.scale if stays is None else layer.scale[stays]
     scale = torch.where(scale.abs() < 1e-12, torch.full_like(scale, 1e-12), scale)
     old = new.get_submodule(name)
-    own = (old if choice is None else old[-1]).bias
+    own = _in_order(old)[-1].bias
     if layer.norm:
         bn = new.get_submodule(layer.norm)
         if own is None:
             bn.running_mean.copy_((_shift(bn) - bias) / scale)
         else:
             bias = (bias - _shift(bn)) / scale + bn.running_mean
-    module = _modules(
-        old if choice is None else layer.op, choice, found, None if own is None else bias, scale
+    module = _module(
+        old if choice is None else op, choice, found, None if own is None else bias, scale
     )
     for p, q in zip(old.parameters(), module.parameters()):
         p.data = q.detach().clone()
@@ -795,7 +831,7 @@ def realize(
     batches = image_batches(images)
     exact, found = folded(model, batches[0][:2])
     found = {n: l for n, l in found.items() if layers is None or n in layers}
-    groups = _kept(model, plan)
+    groups = _kept(model, plan.channels, plan.input_shape)
     masks = {
         n: _stays(t, keep, g.width)
         for g, keep in groups.items()
@@ -829,17 +865,13 @@ def realize(
             return _solve(stop, f, choice, g, steps), {}
 
         weights = store.cached(f"{key}/{name}", solve).tensors if store else solve()[0]
-        w = (
-            weights["whole"]
-            if choice is None
-            else _weight(METHODS[choice[0]].formula, weights.values())
-        )
+        if choice is None:
+            w = weights["whole"]
+        else:
+            w = COMPRESSIONS[choice[0]].weight(stop.changed, choice[1], weights)
         bias = None if stop.exact.bias is None else f.bias(w).to(w)
-        changed.set_submodule(
-            name,
-            _modules(stop.changed, choice, weights, bias, torch.ones(len(w[0]) * len(w)).to(w)),
-        )
-        _put(new, name, found[name], choice, weights, bias, stays)
+        changed.set_submodule(name, _module(stop.changed, choice, weights, bias))
+        _put(new, name, found[name], stop.changed, choice, weights, bias, stays)
         errors[name] = (f.error(w).sum() / f.var.sum().clamp(min=1e-30)).item()
     return new, errors
 
@@ -972,8 +1004,22 @@ class _Job:
         self.batches = [b.to(home) for b in image_batches(images)]
         self.shape, self.n = tuple(self.batches[0].shape[1:]), sum(map(len, self.batches))
         self.macs_before = profile(self.model, self.shape).macs
-        self.cutters = [m for m in self.methods if m != "channel"]
+        asked = [find_compression(m) for m in self.methods]
+        self.methods = tuple(m.name for m in asked)
+        self.codes = {m.name: m.code for m in asked if m.code}  # of a user's methods
+        self.cutters = [m.name for m in asked if isinstance(m, LayerMethod)]
+        self.thinners = [m.name for m in asked if not isinstance(m, LayerMethod)]
         self.some = torch.cat(self.batches)[:256]
+
+    def named(self, method):
+        "A method in the name of a stored result: of a user's, the code as well"
+        return f"{method}-{self.codes[method]}" if method in self.codes else str(method)
+
+    def fit_key(self, steps, plan):
+        "The name of a stored result that follows from a plan"
+        used = {m: self.codes[m] for m in plan.by_method() if m in self.codes}
+        what = [plan.to_dict(), used] if used else plan.to_dict()
+        return f"{steps}/{content_hash(what)[:16]}"
 
     def cached(self, name, fn):
         "What `fn` returns, JSON-able, from the checkpoint if it is there"
@@ -990,7 +1036,7 @@ class _Job:
             if not self.store or f"{self.key}/{name}" not in self.store
         }
         results = joblib.Parallel(self.n_jobs, return_as="generator", max_nbytes=None)(
-            joblib.delayed(_quietly)(*piece) for piece in todo.values()
+            joblib.delayed(carried(_quietly))(*piece) for piece in todo.values()
         )
         bar = progress_bar(
             zip(todo, results), self.progress and bool(todo), desc=desc, total=len(todo)
@@ -1072,8 +1118,9 @@ def _single_options(job, free, quads, gs):
         for n in free
         for m in job.cutters or [None]
     }
-    done = job.each({f"score/{n}/{m}": piece for (n, m), piece in work.items()}, "score")
-    found = {n: [_unpack(done[f"score/{n}/{m}"]) for m in job.cutters or [None]] for n in free}
+    keys = {(n, m): f"score/{n}/{job.named(m)}" for n, m in work}
+    done = job.each({keys[k]: piece for k, piece in work.items()}, "score")
+    found = {n: [_unpack(done[keys[n, m]]) for m in job.cutters or [None]] for n in free}
     return {
         n: [options[0][0], *(o for more in options for o in more[1:])]
         for n, options in found.items()
@@ -1108,30 +1155,9 @@ def _scored(job):
     quads = observe(net, job.batches, list(layers), job.samples, job.seed, job.progress)
     gs = sensitivity(net, job.batches, list(layers), job.probes, job.seed, job.progress)
     single = _single_options(job, free, quads, gs)
-    found = list(_groups(net, layers, quads, gs, free, job)) if "channel" in job.methods else []
-
-    def of(known, g):
-        return {n: known[n] for n in (*g.names, *g.group.followers) if n in known}
-
-    keys = [f"group/{g.group.name}/{'-'.join(job.cutters) or 'channel'}" for g in found]
-    done = job.each(
-        {
-            k: (
-                _thin,
-                g,
-                net,
-                *(of(known, g) for known in (layers, quads, gs, single)),
-                job.settings,
-            )
-            for k, g in zip(keys, found)
-        },
-        "channels",
-    )
-    costs = [
-        sum(job.cost(layers[n].op, layers[n], [])[0] for n in g.group.followers if n in layers)
-        for g in found
-    ]
-    groups = [(g.names, follow, _unpack(done[k])) for k, g, follow in zip(keys, found, costs)]
+    groups = []
+    for m in job.thinners:
+        groups += COMPRESSIONS[m].options(job, net, layers, quads, gs, free, single)
     return _Scores(
         single,
         groups,
@@ -1166,6 +1192,39 @@ def _items(scores, method=None, ratios=None):
     ]
     thinned = [[corrected(o) for o in options if method is None] for *_, options in scores.groups]
     return [*(front_of([*a, *b]) for a, b in zip(together, thinned)), *single.values()]
+
+
+@dataclass(frozen=True)
+class ChannelMethod(Compression):
+    "Fewer channels: what one layer writes and others read goes together"
+
+    def options(self, job, net, layers, quads, gs, free, single) -> list:
+        "(layers that are decided together, cost of those that follow, options), for each group"
+        found = list(_groups(net, layers, quads, gs, free, job))
+
+        def of(known, g):
+            return {n: known[n] for n in (*g.names, *g.group.followers) if n in known}
+
+        cutters = "-".join(map(job.named, job.cutters)) or self.name
+        keys = [f"group/{g.group.name}/{cutters}" for g in found]
+        scene = layers, quads, gs, single
+        work = {
+            key: (_thin, g, net, *(of(known, g) for known in scene), job.settings)
+            for key, g in zip(keys, found)
+        }
+        done = job.each(work, "channels")
+        follow = [_cost_of_followers(job, g, layers) for g in found]
+        return [(g.names, cost, _unpack(done[k])) for k, g, cost in zip(keys, found, follow)]
+
+    def apply(self, model, choices, input_shape):
+        return remove(model, _kept(model, choices, input_shape))
+
+
+def _cost_of_followers(job, g, layers):
+    return sum(job.cost(layers[n].op, layers[n], [])[0] for n in g.group.followers if n in layers)
+
+
+COMPRESSIONS.update(channel=ChannelMethod("channel", "whole channels", channel_prune))
 
 # %% ../../nbs/compress/24_select.ipynb #09ef209d
 def _chain_file(layers, hw, path):
@@ -1233,10 +1292,7 @@ class MsCost:
     def _measure(self, op, hw, choices):
         chains = [
             [op],
-            *(
-                list(METHODS[m].modules(op, _blank(op, METHODS[m], rank), op.bias))
-                for m, rank in choices
-            ),
+            *(_in_order(COMPRESSIONS[m].blank(op, rank)) for m, rank in choices),
         ]
         for p in (p for c in chains[1:] for m in c for p in m.parameters()):
             p.data.normal_(0, 0.02)
@@ -1390,6 +1446,7 @@ def _taken(found, plain):
 def _by_share(job):
     "The same share of the MACs in every layer: what is wasteful"
     job.methods = job.cutters
+    job.thinners = []
     job.shares = tuple(i / 50 for i in range(1, 50))
     job.steps = 0
     job.key = f"{job.key}/uniform"
@@ -1429,10 +1486,7 @@ def _moves(job, scores, tried, held, seen):
     "Squared change of the network's output for each choice, fitted in few steps, and each image"
     answers = _answers(job.model, held)
     plans = {name: _plan(job, chosen) for name, chosen in tried.items()}
-    keys = {
-        name: f"check{job.fit_steps}/{content_hash(plan.to_dict())[:16]}"
-        for name, plan in plans.items()
-    }
+    keys = {name: f"check{job.fit_key(job.fit_steps, plan)}" for name, plan in plans.items()}
     rest = scores.gs, scores.names, job.samples // 2, job.fit_steps // 4, job.seed
     found = job.each(
         {
@@ -1503,20 +1557,20 @@ def _by_greedy(job):
     ranks = {}
     evaluate = job.evaluate or _like(job)
     for n, l in progress_bar(layers.items(), job.progress, desc="greedy"):
-        method = next((m for m in job.cutters if not METHODS[m].why_not(modules[n])), None)
+        cutters = (COMPRESSIONS[m] for m in job.cutters)
+        method = next((m for m in cutters if not m.why_not(modules[n])), None)
         if method is None:
             continue
         whole = price(l.op, l, [])[0]
         costs[n], scores[n] = {1.0: whole}, {}
         for s in (i / 10 for i in range(1, 10)):
-            if not (found := _affordable(l.op, l, method, [s], 1)):
+            if not (found := method.options(l.op, l, [s])):
                 continue
-            ranks[n, s], costs[n][s] = (method, found[0]), price(l.op, l, [(method, found[0])])[1]
+            ranks[n, s] = (method.name, found[0])
+            costs[n][s] = price(l.op, l, [ranks[n, s]])[1]
             scores[n][s] = job.cached(
                 f"greedy/{n}/{s}",
-                lambda: evaluate(
-                    swap(job.model, {n: METHODS[method].factor(modules[n], found[0])})
-                ),
+                lambda: evaluate(swap(job.model, {n: method.from_weights(modules[n], found[0])})),
             )
     shares = greedy(
         {n: r for n, r in scores.items() if r},
@@ -1539,14 +1593,15 @@ CHOOSE = dict(knapsack=_by_knapsack, greedy=_by_greedy, uniform=_by_share)
 
 def _plain_weights(model, plan):
     "The network of a plan by the weights alone: no images, no refit"
-    small = remove(model, _kept(model, plan)) if plan.channels else model
-    return swap(
-        small,
-        {
-            n: METHODS[m].factor(small.get_submodule(n), rank)
-            for n, (m, rank) in plan.layers.items()
-        },
-    ).eval()
+    small = swap(model, {})
+    for name, choices in plan.by_method().items():
+        method = COMPRESSIONS[name]
+        if isinstance(method, LayerMethod):
+            ops = {n: small.get_submodule(n) for n in choices}
+            small = swap(small, {n: method.from_weights(ops[n], s) for n, s in choices.items()})
+        else:
+            small = method.apply(small, choices, plan.input_shape)
+    return small.eval()
 
 
 def _report(job, new, plan, errors):
@@ -1585,13 +1640,6 @@ def _report(job, new, plan, errors):
 # %% ../../nbs/compress/24_select.ipynb #8ba0aad5
 def _check(job, model):
     "Refuse settings that can't be meant"
-    for m in job.methods:
-        if m not in (*METHODS, "channel"):
-            near = difflib.get_close_matches(str(m), (*METHODS, "channel"), 1)
-            raise ValueError(
-                f"method {m!r} is unknown{f', did you mean {near[0]!r}?' if near else ''} Known "
-                f"are {', '.join(METHODS)} and channel"
-            )
     if job.select not in CHOOSE:
         raise ValueError(f"select={job.select!r} is unknown: choose one of {', '.join(CHOOSE)}")
     if (
@@ -1614,7 +1662,7 @@ def compress(
     macs: float | None = None,  # Share of the MACs to keep; 0.5 if `latency` isn't given either
     # Instead: share of the latency in onnxruntime to keep, as measured on this machine
     latency: float | None = None,
-    methods: Iterable = DEFAULT_METHODS,  # Keys of `METHODS`, and "channel"
+    methods: Iterable = DEFAULT_METHODS,  # Keys of `COMPRESSIONS`, or FILE.py:FUNCTION
     # Who gets how much: "knapsack"; "greedy" as AIMET, with the first method that fits a layer;
     # "uniform"
     select: str = "knapsack",
@@ -1677,7 +1725,7 @@ def _fitted(job, plan, gs, names):
     if not gs:
         net, layers = folded(job.model, job.batches[0][:2])
         gs = sensitivity(net, job.batches, list(layers), job.probes, job.seed, job.progress)
-    key = f"{job.key}/fit{job.fit_steps}/{content_hash(plan.to_dict())[:16]}"
+    key = f"{job.key}/fit{job.fit_key(job.fit_steps, plan)}"
     return realize(
         job.model,
         plan,

@@ -140,6 +140,7 @@ def _compress(a):
     """Compress a trained network into one ONNX file in float, and measure it beside the
     original. Goes on where it was interrupted."""
     from mep.pipeline.convert import check_apart, open_network, shrink
+    from mep.pipeline.options import choose_compressions
 
     config = _config(a)
     if not config.data:
@@ -161,6 +162,7 @@ def _compress(a):
             a.finetune,
             a.weights_out,
             **options,
+            **choose_compressions(config.compress_by),
             progress=not a.quiet,
             force=a.force,
         )
@@ -233,10 +235,13 @@ def _inputs(config):
     "Option -> the file that is read for it, or None."
     from mep.registry import split_name
 
-    code = {k: split_name(getattr(config, k)) for k in ("model", "data", "method")}
-    return {"--weights": config.weights} | {
-        f"--{k}": found and found[0] for k, found in code.items()
-    }
+    options = dict(model="--model", data="--data", method="--method", compress_by="--compress-by")
+    found = {"--weights": config.weights}
+    for name, flag in options.items():
+        for said in (getattr(config, name) or "").split(","):
+            file = split_name(said)
+            found |= {f"{flag} {said}" if flag in found else flag: file[0]} if file else {}
+    return found
 
 
 def _print(report, as_json):
@@ -358,6 +363,7 @@ EXAMPLES = """examples:
   mep run --w-bits 4 --method nearest,adaround        two methods in one report
   mep run --data mine.py:pictures --method nearest,mine.py:floor     your own, registered as CONTRIBUTING.md shows
   mep run --compress 0.5                              half of the MACs, then INT8
+  mep run --compress 0.5 --compress-by channel,mine.py:grouped       by channels, and a method of yours
   mep run --search 0.6                                a network that takes 60 % of the time, found by search, then INT8
   mep search --data shapes --scenarios scenarios.json --finetune 3     a front each, three networks
   mep search --data shapes --dask tcp://10.0.0.1:8786 --out /shared/search     on the workers of a cluster
@@ -456,7 +462,7 @@ def _compress_options(p):
         help="keep the weights, too: .safetensors, for `mep quantize --weights`",
     )
     _dask_option(p)
-    _file_options(p, *_OPEN, *_SHRINK)
+    _file_options(p, *_OPEN, *_SHRINK, "compress_by")
 
 
 def _search_options(p):
@@ -615,6 +621,7 @@ def parser(
 # %% ../../nbs/pipeline/92_cli.ipynb #d4b54e83
 def _cpus():
     "Cores this process may use: its affinity, and its container's quota."
+    # joblib.cpu_count knows it, too, but imports NumPy, whose threads are then set already
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

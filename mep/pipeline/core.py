@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mep
+from ..compress.methods import find_compression
 from ..compress.select import Plan, apply_plan, compress as compress_network
 from mep.conditional.early_exit import (
     Cascade,
@@ -66,7 +67,15 @@ from mep.networks import (
     restore_network,
     sha256,
 )
-from .options import METHODS, Config, check_config, choose_methods, command, config_from
+from mep.pipeline.options import (
+    METHODS,
+    Config,
+    check_config,
+    choose_compressions,
+    choose_methods,
+    command,
+    config_from,
+)
 from .report import Report, accuracy_se, change, write
 from ..quant.export import Check, export_int8
 from ..quant.methods import find_rounding, round_by
@@ -213,16 +222,19 @@ def _identity(option, v):
     "What an option means: of a file its content, so that a moved file is the same and an edited one is not."
     if not isinstance(v, str):
         return v
-    if option == "method":
-        return _method_identity(v)
+    if option in _FINDERS:
+        return _identity_of_methods(v, _FINDERS[option])
     if split_name(v) and split_name(v)[0].is_file():
         return code_identity(*split_name(v)) if option == "model" else code_hash(v)
     return sha256(v) if Path(v).is_file() else v
 
 
-def _method_identity(names):
+_FINDERS = dict(method=find_rounding, compress_by=find_compression)  # option -> how names are found
+
+
+def _identity_of_methods(names, find):
     "The names of the book's methods; of a user's method, the code as well."
-    found = [find_rounding(name) for name in names.split(",")]
+    found = [find(name) for name in names.split(",")]
     if not any(r.code for r in found):
         return names
     return [[r.name, r.code] for r in found]
@@ -588,6 +600,7 @@ def compress(
     state: State,  # The run
     *,
     compress: float,  # Share of the MACs to keep; None: all
+    compress_by: str,  # Names of compression methods
     finetune: int,  # Epochs of training afterwards
     seed: int,  # Of all random choices
 ):
@@ -595,6 +608,7 @@ def compress(
     if compress is None:
         return
     source = state.net
+    methods = choose_compressions(compress_by)
     parts = state.folder / "compressing" / state.key
 
     def compute():
@@ -602,6 +616,7 @@ def compress(
             source.module,
             state.data,
             macs=compress,
+            **methods,
             seed=seed,
             checkpoint=parts,
             progress=state.progress,
