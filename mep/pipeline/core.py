@@ -75,6 +75,7 @@ from mep.pipeline.options import (
     choose_methods,
     command,
     config_from,
+    find_stages,
 )
 from .report import Report, accuracy_se, change, write
 from ..quant.export import Check, export_int8
@@ -149,6 +150,8 @@ class State:
         self.progress = progress
         self.redo = redo
         self.store = Store(self.folder / "store")
+        self.codes = {s.name: s.code for s in find_stages(config.stage)}  # of the user's stages
+        self.force = False
         self.data = None
         self.nets = {}
         self.records = {}
@@ -170,7 +173,8 @@ class State:
         "Begin one of several results of the stage. `options` replace the stage's own, and name the result."
         given = {k: _identity(k, v) for k, v in (self.options | options).items()}
         self.began = time.perf_counter()
-        self.key = f"{self.stage}-{content_hash([self.before, self.stage, given])[:16]}"
+        code = [self.codes[self.stage]] if self.stage in self.codes else []
+        self.key = f"{self.stage}-{content_hash([self.before, self.stage, given, *code])[:16]}"
         self.label = " ".join([self.stage, *map(_short, options.values())])
 
     def once(self, compute, handed_on=True):
@@ -852,6 +856,10 @@ def export(
         files = {}
         facts = {}
         meta = dict(classes=state.data.classes, preprocessing=state.data.preprocessing)
+        names = [
+            _file(state, name).name for name in state.nets
+        ]  # a user's stage may have added some
+        claim(state.folder, *names, force=state.force)
         for net in state.nets.values():
             path = _file(state, net.name)
             found = net.export(net.module, path, state.data.input_shape, meta)
@@ -1034,14 +1042,20 @@ STAGES = [load_data, reference, search, compress, quantize, export, measure, ear
 
 def choose_stages(
     until: str = None,  # Name of the last stage to run; None: all
+    own: str = None,  # The user's, as of `find_stages`: each runs before the stage that it names
 ) -> list:  # Functions, in order
     "The stages to run. Raises ValueError that names an unknown stage and the known ones."
-    names = [s.__name__ for s in STAGES]
-    if until is None:
-        return STAGES
-    if until not in names:
-        raise ValueError(f"unknown stage {until!r}; known: {', '.join(names)}")
-    return STAGES[: names.index(until) + 1]
+    stages = list(STAGES)
+    for s in find_stages(own):
+        stages.insert(_place(stages, s.before), s.make)
+    return stages if until is None else stages[: _place(stages, until) + 1]
+
+
+def _place(stages, name):
+    names = [s.__name__ for s in stages]
+    if name not in names:
+        raise ValueError(f"unknown stage {name!r}; known: {', '.join(names)}")
+    return names.index(name)
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #d195f63a
 def _check_names(config):
@@ -1124,8 +1138,8 @@ def run(
     config = check_config(
         config if isinstance(config, Config) else config_from({} if config is None else config)
     )
-    stages = choose_stages(config.until)
-    choose_stages(redo)
+    choose_stages(redo, config.stage)
+    stages = choose_stages(config.until, config.stage)
     _check_names(config)
     state = State(config, writable_folder(config.out), progress, redo)
     with _at_work(state, force), progress_bar(stages, progress, unit="stage") as bar:
@@ -1155,6 +1169,7 @@ def _at_work(state, force):
         ),
     ]
     files = ["config.json", "results.json", "report.html", *(_file(state, n).name for n in names)]
+    state.force = force
     claim(state.folder, "store", force=force)
     with state.store.lock():
         claim(state.folder, *_FOLDERS, *files, force=force)
