@@ -12,7 +12,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ..compress.select import DEFAULT_METHODS, compress, load_compressed, save_compressed
+from mep.compress.select import (
+    DEFAULT_METHODS,
+    compress,
+    load_compressed,
+    save_compressed,
+    tune,
+)
 from .. import __version__
 from ..data import Data, calibration, fingerprint
 from ..deploy import export_onnx, file_size, machine, read_meta
@@ -222,16 +228,8 @@ def shrink(
         progress=progress,
     )
     if finetune:
-        small = fit(
-            small,
-            data,
-            finetune,
-            lr=0.02,
-            teacher=net,
-            checkpoint=tuning,
-            seed=seed,
-            progress=progress,
-        ).model.eval()
+        how = dict(seed=seed, checkpoint=tuning, progress=progress)
+        small = tune(small, data, net, finetune, **how)
     export_onnx(small, path, shape, meta=_meta(data))
     if weights:
         save_compressed(weights, small, found.plan)

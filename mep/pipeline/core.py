@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import mep
 from ..compress.methods import find_compression
-from ..compress.select import Plan, apply_plan, compress as compress_network
+from ..compress.select import RECIPE, Plan, apply_plan, compress as compress_network, tune
 from mep.conditional.early_exit import (
     Cascade,
     EarlyExit,
@@ -507,7 +507,7 @@ def search(
     *,
     search: float,  # Share of the network's latency to stay within; None: no search
     n_search: int,  # Networks to train for the predictor
-    finetune: int,  # Epochs of training, for these and for the one that is found
+    finetune: int,  # Epochs of training, for these and for the one that is found; None: 3
     threads: int,  # Threads of onnxruntime while timing
     seed: int,  # Of all random choices
 ):
@@ -516,6 +516,7 @@ def search(
     if search is None:
         return
     source = state.net
+    epochs = 3 if finetune is None else finetune
     folder = state.folder / "searching" / state.key
     parts = cache(
         lambda: lighter_space(
@@ -530,7 +531,7 @@ def search(
         library = BlockLibrary(folder, *parts()).train(
             state.data, n_images=min(4000, len(state.data.train.dataset)), **how
         )
-        predictor = learn_accuracy(library, state.data, n_search, epochs=finetune, lr=0.02, **how)
+        predictor = learn_accuracy(library, state.data, n_search, epochs=epochs, lr=0.02, **how)
         front, table, ms = measured_front(
             library.space, predictor, Deployment(threads=threads), search, Store(folder / "latency")
         )
@@ -539,7 +540,7 @@ def search(
             best.arch,
             library,
             state.data,
-            finetune,
+            epochs,
             lr=0.02,
             checkpoint=folder / f"{best.arch.key}.safetensors",
             seed=seed,
@@ -605,7 +606,7 @@ def compress(
     *,
     compress: float,  # Share of the MACs to keep; None: all
     compress_by: str,  # Names of compression methods
-    finetune: int,  # Epochs of training afterwards
+    finetune: int,  # Epochs of training afterwards; None: as many as were measured
     seed: int,  # Of all random choices
 ):
     "Stage 4: a network with fewer MACs, if that is asked for."
@@ -613,6 +614,7 @@ def compress(
         return
     source = state.net
     methods = choose_compressions(compress_by)
+    epochs = RECIPE["epochs"] if finetune is None else finetune
     parts = state.folder / "compressing" / state.key
 
     def compute():
@@ -625,17 +627,11 @@ def compress(
             checkpoint=parts,
             progress=state.progress,
         )
-        if finetune:
-            small = fit(
-                small,
-                state.data,
-                finetune,
-                lr=0.02,
-                teacher=source.module,
-                checkpoint=parts / "finetune.safetensors",
-                seed=seed,
-                progress=state.progress,
-            ).model
+        if epochs:
+            how = dict(
+                seed=seed, checkpoint=parts / "finetune.safetensors", progress=state.progress
+            )
+            small = tune(small, state.data, source.module, epochs, **how)
         facts = cost_facts(small, state.data.input_shape) | dict(
             simulated=accuracy(small, state.data.test)
         )

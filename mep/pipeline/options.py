@@ -101,8 +101,11 @@ class Config:
         ),
     )
     finetune: int = option(
-        3,
-        "epochs of training after search and compression, with the network they began with as the teacher",
+        None,
+        (
+            "epochs of training after search (default: 3) and compression (default: 10), with the "
+            "network they began with as the teacher"
+        ),
         0,
     )
     w_bits: int = option(8, "bits of the weights, 2 to 8", 2, 8)
@@ -273,7 +276,7 @@ def check_config(
 
 def _check_together(c):
     "Options that don't go with each other"
-    if c.search is not None and not c.finetune:
+    if c.search is not None and c.finetune == 0:
         raise ValueError(
             "finetune=0, but a network that was searched is put together from parts and needs "
             "training: give at least one epoch"
