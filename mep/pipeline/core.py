@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'Net', 'State', 'open_data', 'load_data', 'find_classes', 'relabel', 'is_numbered', 'reference', 'search',
-           'check_reach', 'search_note', 'compress', 'compression_notes', 'quantize_by', 'quantization_notes',
-           'cost_facts', 'layer_bits', 'quantize', 'row_name', 'how', 'export', 'check_facts', 'measure_files',
-           'measure', 'early_exit', 'choose_stages', 'run', 'writable_folder']
+           'compress', 'compression_notes', 'quantize_by', 'quantization_notes', 'cost_facts', 'layer_bits', 'quantize',
+           'row_name', 'how', 'export', 'check_facts', 'measure_files', 'measure', 'early_exit', 'choose_stages', 'run',
+           'writable_folder']
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #aa1449d2
 import copy
@@ -526,7 +526,7 @@ def search(
 
     def compute():
         claim(folder)
-        check_reach(parts()[0], Deployment(threads=threads), search, Store(folder / "latency"))
+        _check_reach(parts()[0], Deployment(threads=threads), search, Store(folder / "latency"))
         how = dict(n_jobs=torch.get_num_threads(), seed=seed, progress=state.progress)
         library = BlockLibrary(folder, *parts()).train(
             state.data, n_images=min(4000, len(state.data.train.dataset)), **how
@@ -553,7 +553,7 @@ def search(
         )
         return net.state_dict(), dict(
             arch=best.arch.to_json(),
-            notes=[search_note(library, n_search, best)],
+            notes=[_search_note(library, n_search, best)],
             nets=dict(searched=cost_facts(net, state.data.input_shape) | facts),
         )
 
@@ -569,7 +569,7 @@ def search(
     )
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #c084e529
-def check_reach(
+def _check_reach(
     space: SearchSpace,  # To search
     deployment: Deployment,  # Where the networks are to run
     share: float,  # Of the reference's latency
@@ -587,7 +587,7 @@ def check_reach(
         )
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #6b1f0bc2
-def search_note(
+def _search_note(
     library: BlockLibrary,  # That was searched
     n: int,  # Networks that were trained
     best: Point,  # What was found
