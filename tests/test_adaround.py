@@ -19,7 +19,6 @@ from mep.quant.adaround import (
     feedback,
     refit_scale,
     solve,
-    stay_near,
     tabu,
     try_all,
 )
@@ -64,7 +63,7 @@ def nearest(w, grid):
 def test_solve_is_never_worse_than_nearest(g, r, d, bits, seed):
     w, grid, f = problem(g, r, d, bits, seed)
     q, scale = solve(w, grid, f)
-    f = stay_near(f, w)
+    f = f.near(w)
     assert (
         f.error(q * scale).sum()
         <= f.error(nearest(w, grid) * scales(grid, w)).sum() * (1 + 1e-4) + 1e-5
@@ -77,7 +76,7 @@ def test_solve_is_never_worse_than_nearest(g, r, d, bits, seed):
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(2, 6), st.integers(0, 99))
 def test_searches_only_improve_and_try_all_is_exact(g, r, d, seed):
     w, grid, f = problem(g, r, d, 2, seed)
-    f, s, q = stay_near(f, w), scales(grid, w), nearest(w, grid)
+    f, s, q = f.near(w), scales(grid, w), nearest(w, grid)
     error = {m.__name__: f.error(m(q, s, f, grid) * s) for m in (descend, tabu, try_all)}
     tolerance = 1e-4 * f.var + 1e-5
     assert (error["descend"] <= f.error(q * s) + tolerance).all()

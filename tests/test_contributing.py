@@ -1,6 +1,7 @@
 """The examples of CONTRIBUTING.md, run as they stand there: from Python, from the command line,
 and in worker processes. And what a user's file does wrong."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,8 @@ import joblib
 import pytest
 import torch
 
+from mep.compress import COMPRESSIONS, compress, load_compressed, save_compressed
+from mep.compress.select import Plan, apply_plan
 from mep.data import DATASETS, Source, check_name, fingerprint, load
 from mep.nas import CELLS, BlockLibrary, make_cell
 from mep.nas.finetune import trained_accuracies
@@ -16,6 +19,7 @@ from mep.nas.space import choices, default_space
 from mep.pipeline import report as reports
 from mep.pipeline.cli import main
 from mep.pipeline.core import quantize_by
+from mep.pipeline.options import STAGE_RECORDS, Config, command, config_from, option, stage
 from mep.quant import ROUNDINGS
 from mep.registry import carried, user_function
 from mep.train import small_resnet
@@ -31,7 +35,7 @@ TINY = "--epochs 1 --n-train 128 --n-test 50 --n-calib 32 --n-latency 3 --quiet"
 @pytest.fixture(autouse=True)
 def registries():
     "What a test registers is gone after it."
-    before = [(r, dict(r)) for r in (CELLS, DATASETS, ROUNDINGS)]
+    before = [(r, dict(r)) for r in (CELLS, COMPRESSIONS, DATASETS, ROUNDINGS, STAGE_RECORDS)]
     yield
     for records, known in before:
         records.clear()
@@ -70,8 +74,8 @@ def refuses(capsys, words, says):
 
 
 def test_the_page_has_them_all():
-    assert list(FILES) == ["squeezed.py", "stripes.py", "sparse.py"]
-    assert all(len(text.splitlines()) <= 15 for text in FILES.values())
+    assert list(FILES) == ["squeezed.py", "stripes.py", "sparse.py", "grouped.py", "pruned.py"]
+    assert all(len(text.splitlines()) <= 16 for text in FILES.values())
 
 
 def test_a_cell(folder):
@@ -167,6 +171,129 @@ def test_a_method_that_learns_from_labels(folder):
     assert quantize_by("labels.py:taught", net, data=data).layers()
     with pytest.raises(ValueError, match="taught needs images with labels"):
         quantize_by("labels.py:taught", net, torch.zeros(4, 1, 8, 8))
+
+
+def test_a_compression_method(folder):
+    report = run("grouped.py", "--n-train", "512")
+    assert list(report.nets) == ["FP32", "compressed", "INT8"]
+    assert any("grouped" in note for note in report.notes)
+    assert {"reference", "compress"} <= set(reused(run("grouped.py", "--n-train", "512")))
+    edit(folder / "grouped.py", "(4, 2)", "(8, 4, 2)")
+    assert (
+        "reference" in (again := reused(run("grouped.py", "--n-train", "512")))
+        and "compress" not in again
+    )
+
+
+def test_a_compression_method_for_one_file(folder, capsys):
+    words = (
+        "compress --model squeezed.py:network --data digits --n-train 128 --n-test 32 --macs 0.7 "
+        "--n-latency 3 --compress-by grouped.py:grouped --quiet -o c.onnx"
+    )
+    assert main(words.split()) == 0
+    assert (folder / "c.onnx").is_file()
+    refuses(capsys, words.replace("c.onnx", "grouped.py"), "also the file of --compress-by")
+    refuses(capsys, words.replace(":grouped ", ":grouped,grouped "), "names grouped 2 times")
+    refuses(capsys, words.replace(":grouped ", ":grown "), "has no function 'grown'")
+
+
+@pytest.mark.parametrize("method", ["grouped.py:grouped", "grouped"])
+def test_a_compression_method_in_a_worker_process(method, folder):
+    with user_function("grouped.py:grouped"):
+        pass
+    net = small_resnet(10, 1, width=8).eval()
+    images = torch.linspace(-1, 1, 64 * 64).sin().view(64, 1, 8, 8)
+    how = dict(macs=0.7, steps=2, fit_steps=4, progress=False)
+    found = [compress(net, images, methods=(method,), n_jobs=n, **how) for n in (1, 2)]
+    rows = [[(r.method, r.rank) for r in small.report] for small in found]
+    assert rows[0] == rows[1]
+    assert {m for m, _ in rows[0]} == {"", "grouped"}
+    y = [small.model(images) for small in found]
+    assert torch.equal(*y)
+
+
+def test_a_compression_method_beside_channels(folder):
+    "Groups of what is left of a layer, in a file that is read again"
+    with user_function("grouped.py:grouped"):
+        pass
+    net = small_resnet(10, 1, width=4).eval()
+    images = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    how = dict(shares=(0.3, 0.6), steps=2, fit_steps=4, progress=False)
+    small = compress(net, images, macs=0.5, methods=("grouped", "channel"), **how)
+    assert small.report.plan.channels
+    assert small.report.share <= 0.5
+    save_compressed(folder / "c.safetensors", small.model, small.report.plan)
+    again = load_compressed(folder / "c.safetensors", net)
+    assert torch.equal(again(images), small.model(images))
+    plain = compress(net, images, macs=0.7, methods=("grouped",), refit=False, **how)
+    assert plain.model(images).isfinite().all()
+
+
+def test_a_plan_of_a_method_that_is_not_there(folder):
+    plan = Plan((1, 8, 8), {"blocks.0.body.0": ("grouped", 2)})
+    with pytest.raises(ValueError, match="method 'grouped' is unknown"):
+        apply_plan(small_resnet(10, 1, width=8), plan)
+
+
+def test_a_stage(folder, capsys):
+    report = run("pruned.py")
+    assert list(report.nets) == ["FP32", "pruned", "INT8"]
+    assert (folder / "runs/pruned/pruned.onnx").is_file()
+    assert report.config["share"] == 0.3
+    assert {"pruned", "quantize nearest"} <= set(reused(run("pruned.py")))
+    again = reused(run("pruned.py", "--share", "0.4"))
+    assert "reference" in again and not {"pruned", "quantize nearest"} & set(again)
+    edit(folder / "pruned.py", "dict(pruned=facts)", "dict(pruned=facts | dict(method='pruned'))")
+    assert "pruned" not in reused(run("pruned.py", "--share", "0.4"))
+    config = json.loads((folder / "runs/pruned/config.json").read_text())
+    assert config["share"] == 0.4
+    assert {"pruned.py:pruned", "--share"} <= set(shlex.split(command(config_from(config))))
+    assert main(["run", "--config", "runs/pruned/config.json", "--share", "0.4", "--quiet"]) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main("run --stage pruned.py:pruned --help".split())
+    assert "share of the weights to set to zero (default: 0.5)" in capsys.readouterr().out
+
+
+def test_a_stage_does_not_write_over_what_is_there(folder, capsys):
+    (folder / "runs/pruned").mkdir(parents=True)
+    (folder / "runs/pruned/pruned.onnx").write_text("somebody's")
+    words = [*shlex.split(COMMANDS["pruned.py"])[1:], *TINY]
+    assert main(words) == 2
+    assert "not written by mep" in capsys.readouterr().err
+    assert (folder / "runs/pruned/pruned.onnx").read_text() == "somebody's"
+
+
+def test_stages_that_cannot_be_had(folder, capsys):
+    (folder / "plain.py").write_text("def dense(state): pass\n")
+    (folder / "late.py").write_text(
+        "from mep.pipeline import stage\n@stage('late', before='lunch')\ndef late(state): pass\n"
+    )
+    for name, says in (
+        ("plain.py:dense", "is not registered: write @stage(...)"),
+        ("pruned.py:dense", "has no function 'dense'"),
+        ("none.py:pruned", "no file none.py"),
+        ("prunde", "unknown stage 'prunde'"),
+        ("late.py:late", "unknown stage 'lunch'; known: load_data"),
+        ("pruned.py:pruned --share 2", "share=2.0: give a number from 0 to 1"),
+        ("pruned.py:pruned,pruned.py:pruned", "two stages have an option 'share'"),
+    ):
+        refuses(capsys, f"run --data digits --stage {name} --out r", says)
+
+
+def test_arguments_of_a_stage():
+    def untyped(state, *, share=option(0.5, "")): ...
+    def unknown(state, *, shares): ...
+    def taken(state, *, seed: int = option(0, "")): ...
+
+    for make, says in (
+        (untyped, "annotate 'share' as one of int, float, str, tuple, bool"),
+        (unknown, "'shares' is no option of a run"),
+        (taken, "every run has an option 'seed'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            stage("")(make)
+    assert Config(stage="a").stage == "a"
 
 
 WRONG = [

@@ -11,7 +11,12 @@ import mep
 
 ROOT = Path(mep.__file__).parent
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "_modidx.py")
-CALLS = {"os.register_at_fork", "METHODS.update", "register"}  # which note something down
+CALLS = {
+    "os.register_at_fork",
+    "METHODS.update",
+    "COMPRESSIONS.update",
+    "register",
+}  # which note something down
 
 
 def doing(tree):

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mep.graph import lockstep, trace
 from mep.moments import (
     Moments,
     image_batches,
+    layer_quadratic,
     observe,
     output_size,
     outputs_at,
@@ -16,7 +18,7 @@ from mep.moments import (
     positions,
     rows,
 )
-from mep.train import small_mobilenet
+from mep.train import check_weights, nonfinite, small_mobilenet
 
 FAST = settings(max_examples=15, deadline=None)
 OPS = [
@@ -140,3 +142,101 @@ def test_bad_input():
     net.get_submodule(first).weight.data[:] = float("inf")
     with pytest.raises(ValueError, match="input of layer"):
         observe(net, x, progress=False)
+
+
+@FAST
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 8), st.integers(1, 30), st.integers(0, 9)
+)
+def test_near_has_one_best_answer(g, r, d, n, seed):
+    random = torch.Generator().manual_seed(seed)
+    x, y, w = (torch.randn(*s, generator=random) for s in ((g, d, n), (g, r, n), (g, r, d)))
+    moments = Moments()
+    moments.add(x, y)
+    f = moments.quadratic(False)
+    near = f.near(w)  # with fewer samples than weights, too
+    best = near.to(torch.float64).solve().float()
+    for other in (w, torch.zeros_like(w), best + 0.1 * w):
+        assert (near.error(best) <= near.error(other) + 1e-3 * near.var + 1e-5).all()
+    extra = near.error(best) - f.error(best)
+    assert (extra >= -1e-4 * (1 + f.var)).all()  # the distance to w, times a positive number
+
+
+def test_near_grows_until_there_is_an_inverse():
+    f = Moments()
+    f.add(torch.zeros(1, 3, 4), torch.zeros(1, 2, 4))
+    f = f.quadratic()
+    # no covariance: an eigenvalue of -.05 beside a mean variance of 1
+    f = f._replace(h=torch.diag(torch.tensor([1.05, 2.0, -0.05]))[None])
+    w = torch.ones(1, 2, 3)
+    assert f.near(w, 1e-3).solve().isfinite().all()
+    with pytest.raises(torch.linalg.LinAlgError):
+        f.solve()
+
+
+def test_inputs_and_outputs_are_those_of_a_smaller_layer():
+    x, y, w = torch.randn(2, 5, 40), torch.randn(2, 3, 40), torch.randn(2, 3, 5)
+    whole = Moments()
+    whole.add(x, y)
+    part = Moments()
+    part.add(x[:, [0, 3]], y[:, 1:])
+    mask = torch.tensor([True, False, False, True, False])
+    found = whole.quadratic().inputs(mask).outputs([1, 2])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, part.quadratic()))
+    assert torch.allclose(
+        found.error(w[:, 1:, mask]), part.quadratic().error(w[:, 1:, mask]), atol=1e-4
+    )
+
+
+class Tokens(nn.Module):
+    "Two linear layers on tokens, the second beside a shortcut"
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+        self.b = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.a(x)
+        return x + self.b(x)
+
+
+def test_a_layer_makes_up_for_its_shortcut():
+    torch.manual_seed(0)
+    exact, changed = trace(Tokens()), trace(Tokens())
+    changed.load_state_dict(exact.state_dict())
+    changed.a.weight.data += 0.1
+    x = torch.randn(8, 5, 4)
+    for stop in lockstep(exact, changed, [x], ["b"]):
+        plain = layer_quadratic(stop)
+        asked = layer_quadratic(stop, lack=lambda t: t)
+    with torch.no_grad():
+        y = exact.b(exact.a(x)).flatten(0, 1)
+        lack = (exact.a(x) - changed.a(x)).flatten(0, 1)
+        seen = changed.a(x).flatten(0, 1)
+    for f, wanted in ((plain, y), (asked, y + lack)):
+        e = seen @ exact.b.weight.detach().T - wanted
+        error = f.error(exact.b.weight.detach()[None])
+        assert torch.allclose(error[0], e.var(0, unbiased=False), rtol=1e-2, atol=1e-5)
+
+
+def test_a_layer_with_fewer_outputs():
+    exact, changed = (nn.Sequential(nn.Conv2d(3, n, 3)) for n in (4, 2))
+    stays = torch.tensor([True, False, True, False])
+    x = torch.randn(2, 3, 6, 6)
+    whole, part = (
+        layer_quadratic(stop, changed=new, stays=mask)
+        for stop in lockstep(trace(exact), trace(exact), [x], ["0"])
+        for new, mask in ((None, None), (changed[0], stays))
+    )
+    assert all(torch.allclose(a, b) for a, b in zip(part, whole.outputs(stays)))
+
+
+def test_weights_that_are_no_numbers_are_named():
+    net = small_mobilenet(10)
+    check_weights(net)
+    name, p = list(net.named_parameters())[3]
+    p.data.view(-1)[0] = float("inf")
+    assert nonfinite(net.state_dict().items()) == [name]
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity"):
+        check_weights(net)

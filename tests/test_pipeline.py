@@ -648,7 +648,7 @@ def test_numbers_out_of_range(name, value):
 
 def test_every_option_is_read_by_a_stage():
     read = {p for s in STAGES for p in list(inspect.signature(s).parameters)[1:]}
-    assert read | {"until", "out"} == {f.name for f in fields(Config)}
+    assert read | {"stage", "until", "out"} == {f.name for f in fields(Config)}
 
 
 def test_unknown_stage():

@@ -1,6 +1,8 @@
 """Whole-network selection: the exact knapsack, plans, refit, saving, resuming, bad input, and
 what composes with quantization."""
 
+import copy
+import importlib
 import itertools
 import json
 import math
@@ -15,6 +17,7 @@ from torch import nn
 from mep.compress.select import (
     CHOOSE,
     METHODS,
+    RECIPE,
     Option,
     Plan,
     _taken,
@@ -29,10 +32,14 @@ from mep.compress.select import (
     save_compressed,
     sensitivity,
     target_of,
+    tune,
 )
 from mep.cost import profile
+from mep.data import load
 from mep.graph import TraceError
 from mep.moments import observe
+from mep.pipeline import run
+from mep.pipeline.convert import shrink
 from mep.store import DamagedError, LockedError, Store
 from mep.train import logits, small_mobilenet, small_resnet, sqnr_db
 
@@ -486,3 +493,52 @@ def test_what_was_compressed_can_be_quantized_and_exported(half, mobile, tmp_pat
             assert sqnr_db(want, logits(q, x)[0]) > 10
             check = export_int8(q, tmp_path / f"{name}.onnx", x[:8])
             assert check.sqnr_db > 35 and check.float_layers == 0
+
+
+# ---- fine-tuning
+
+
+class Asked(Exception):
+    "What `fit` was called with"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    def fit(model, data, **kw):
+        raise Asked(kw)
+
+    monkeypatch.setattr(importlib.import_module("mep.compress.select"), "fit", fit)
+
+
+def recipe_of(call):
+    with pytest.raises(Asked) as found:
+        call()
+    kw = found.value.args[0]
+    return {k: kw[k] for k in RECIPE}
+
+
+def test_one_recipe_for_all(asked, tmp_path):
+    "In Python, in `mep compress` and in `mep run`"
+    data = load("digits", n_train=600, n_valid=0, n_test=50)
+    net = small_resnet(10, 1, width=4).eval()
+    few = dict(macs=0.8, n_images=256, seed=0, progress=False)
+    longer = RECIPE | dict(epochs=2)
+    assert recipe_of(lambda: compress(net, data, epochs=2, **few)) == longer
+    assert recipe_of(lambda: shrink(net, tmp_path / "c.onnx", data, finetune=2, **few)) == longer
+    config = dict(data="digits", n_train=600, n_test=50, epochs=1, compress=0.8, n_latency=2)
+    config |= dict(out=str(tmp_path / "run"), until="compress")
+    assert recipe_of(lambda: run(config, progress=False)) == RECIPE
+    assert recipe_of(lambda: run(config | dict(finetune=2), progress=False)) == longer
+
+
+def test_what_was_tuned_can_be_trained_on():
+    data = load("digits", n_train=64, n_valid=0, n_test=50)
+    net = small_resnet(10, 1, width=4)
+    net.head[2].bias.requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    new = tune(net, data, net, 1, progress=False)
+    assert not new.training
+    assert [p.requires_grad for p in new.parameters()] == [
+        p.requires_grad for p in net.parameters()
+    ]
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())

@@ -5,6 +5,7 @@ from .prune import gradual_prune, keep_zeros, magnitude_prune, sparsity, storage
 from .svd import METHODS, Method, compose, factorize, left_out, spatial_svd, weight_svd
 from .tensor import cp, tensor_train, tucker2
 from .channel import ChannelGroup, Ranking, channel_groups, channel_prune, macs_left, rank_channels
+from .methods import COMPRESSIONS, compression
 from .select import (
     Compressed,
     Plan,
@@ -16,6 +17,7 @@ from .select import (
 )
 
 __all__ = [
+    "COMPRESSIONS",
     "ChannelGroup",
     "Compressed",
     "METHODS",
@@ -27,6 +29,7 @@ __all__ = [
     "channel_prune",
     "compose",
     "compress",
+    "compression",
     "cp",
     "factorize",
     "gradual_prune",

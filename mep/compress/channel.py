@@ -15,11 +15,13 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.cluster.hierarchy import DisjointSet
 from sklearn.linear_model import lars_path_gram
 from torch import Tensor, fx, nn
 
@@ -27,38 +29,30 @@ from ..cost import Profile, profile
 from ..data import Data, calibration
 from ..ops import operator_at
 from ..graph import lockstep, note_shapes, resolve, that_fit, trace, worst_sqnr_db
-from mep.moments import (
-    Moments,
-    Quadratic,
-    image_batches,
-    observe,
-    outputs_at,
-    patches,
-    positions,
-    rows,
-)
-from ..train import evaluating, progress_bar
+from ..moments import Quadratic, image_batches, layer_quadratic, observe, rows
+from ..train import check_weights, evaluating, progress_bar
 
 # %% ../../nbs/compress/23_channel.ipynb #1a9492af
 class _Sets:
     "Disjoint sets of whole numbers; each set is known by its smallest member"
 
     def __init__(self):
-        self.up = []
+        self.found = DisjointSet()
 
     def new(self, n):
-        self.up += (ids := list(range(len(self.up), len(self.up) + n)))
+        ids = list(range(len(self.found), len(self.found) + n))
+        for i in ids:
+            self.found.add(i)
         return ids
 
-    def root(self, i):
-        while self.up[i] != i:
-            self.up[i] = i = self.up[self.up[i]]
-        return i
-
     def join(self, ids):
-        roots = {self.root(i) for i in ids}
-        for r in roots:
-            self.up[r] = min(roots)
+        first, *rest = ids
+        for i in rest:
+            self.found.merge(first, i)
+
+    def roots(self):
+        "Number -> the smallest of its set"
+        return {i: min(together) for together in self.found.subsets() for i in together}
 
 # %% ../../nbs/compress/23_channel.ipynb #6c93878b
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -288,7 +282,7 @@ def channel_groups(
     be traced, ValueError for NaN in its weights."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"a network is a torch.nn.Module, got {type(model).__name__}")
-    _check_weights(model)
+    check_weights(model)
     p = next(model.parameters(), torch.zeros(()))
     with torch.no_grad(), torch.random.fork_rng([p.device] if p.is_cuda else []):
         x = torch.randn(2, *input_shape).to(p)
@@ -298,14 +292,6 @@ def channel_groups(
     return _groups(wiring)
 
 # %% ../../nbs/compress/23_channel.ipynb #8e6dfb04
-def _check_weights(model):
-    for name, t in model.state_dict().items():
-        if t.is_floating_point() and not t.isfinite().all():
-            raise ValueError(
-                f"{name} holds NaN or infinity: train the network again, or load other weights"
-            )
-
-
 def _shared(model, net):
     "Names of modules that are called twice, or whose weights another module has too"
     own = dict(model.named_modules())
@@ -337,30 +323,30 @@ def _groups(wiring):
     whole = copy.deepcopy(wiring.sets)
     for ids in wiring.writes.values():
         whole.join(ids)  # a layer's channels are one decision
+    root = whole.roots()
+    single = wiring.sets.roots()
     layers = {}
     locks = {}
     adds = {}
     for layer, ids in wiring.writes.items():
-        layers.setdefault(whole.root(ids[0]), []).append(layer)
+        layers.setdefault(root[ids[0]], []).append(layer)
     for i, reason in wiring.locks.items():
-        locks.setdefault(whole.root(i), reason)
+        locks.setdefault(root[i], reason)
     for i, name in wiring.adds.items():
-        adds.setdefault(whole.root(i), {})[name] = True
+        adds.setdefault(root[i], {})[name] = True
     return [
-        _group(wiring, names, locks.get(key, ""), tuple(adds.get(key, ())))
+        _group(wiring, single, names, locks.get(key, ""), tuple(adds.get(key, ())))
         for key, names in layers.items()
     ]
 
 
-def _group(wiring, names, locked, adds):
-    root = wiring.sets.root
-    number = {
-        r: i for i, r in enumerate(sorted({root(i) for n in names for i in wiring.writes[n]}))
-    }
+def _group(wiring, root, names, locked, adds):
+    ours = {root[i] for n in names for i in wiring.writes[n]}
+    number = {r: i for i, r in enumerate(sorted(ours))}
 
     def table(of):
         all_of = {
-            layer: torch.tensor([number.get(root(i), -1) for i in ids]) for layer, ids in of.items()
+            layer: torch.tensor([number.get(root[i], -1) for i in ids]) for layer, ids in of.items()
         }
         return {layer: t for layer, t in all_of.items() if (t >= 0).any()}
 
@@ -491,22 +477,12 @@ def shares(
             continue
         op = model.get_submodule(name)
         w = rows(op.weight.detach().float(), op)
-        f = _near(quads[name], w, ridge)
+        f = quads[name].near(w, ridge)
         size = f.var.sum().double().clamp(min=1e-30).sqrt()
         table = table.repeat_interleave(w.shape[-1] // len(table))
         columns = torch.stack([(table == u).nonzero()[:, 0] for u in range(group.width)])
         found.append(Share(f.h[0].double(), f.c[0].double() / size, w[0].double() / size, columns))
     return found
-
-# %% ../../nbs/compress/23_channel.ipynb #dcb346e1
-def _near(f, w, ridge):
-    "The quadratic plus the squared distance to the weights, a little of it: then there is one best answer"
-    extra = ridge * f.h.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)  # [g]
-    return f._replace(
-        h=f.h + torch.diag_embed(extra[:, None].expand(-1, w.shape[-1])),
-        c=f.c + extra[:, None, None] * w,
-        var=f.var + extra[:, None] * w.square().sum(-1),
-    )
 
 # %% ../../nbs/compress/23_channel.ipynb #2f5c16d8
 def _by_reading(
@@ -651,12 +627,9 @@ def least_squares(
     ridge: float = 1e-3,  # As in `shares`
 ) -> Tensor:  # [g, r, d]; zero where an input may not be used
     "The weights of the least error."
-    f = _near(f, w, ridge)
     stays = stays.to(w.device)
-    h = f.h[:, stays][:, :, stays].double()
-    c = f.c[..., stays].double()
     new = torch.zeros_like(w)
-    new[..., stays] = torch.cholesky_solve(c.mT, torch.linalg.cholesky(h)).mT.to(w)
+    new[..., stays] = f.near(w, ridge).inputs(stays).to(torch.float64).solve().to(w)
     return new
 
 # %% ../../nbs/compress/23_channel.ipynb #111f8f1d
@@ -689,49 +662,24 @@ def reconstruct(
     ):
         norm = norms.get(stop.name)
         stays = into.get(stop.name)
-        pairs = _pairs(stop, norm and exact.get_submodule(norm), samples, seed)
-        w, bias = _shifted(stop, pairs) if stop.name in few else _resolved(stop, pairs, stays)
+        lack = partial(_before, norm and exact.get_submodule(norm))
+        f = layer_quadratic(stop, samples, seed, lack=lack, centred=True)
+        w = rows(stop.changed.weight.detach(), stop.changed)
+        if stop.name not in few:
+            w = _resolved(stop, f, stays)
+        bias = f.bias(w)  # where the weights stay, only the mean is set right
         for net in (changed, full):
             _put(net, stop.name, norm, w, bias)
     return full
 
 # %% ../../nbs/compress/23_channel.ipynb #865f1f63
-def _resolved(stop, pairs, stays):
+def _resolved(stop, f, stays):
+    "The layer's best weights"
     w = rows(stop.exact.weight.detach().float(), stop.exact)
-    moments = Moments()
-    for x, y in pairs:
-        moments.add(x, y)
-    f = moments.quadratic()
-    each = w.shape[-1] // (1 if stays is None else len(stays))  # a kernel's weights for one input
-    new = least_squares(
-        f,
-        w,
-        torch.ones(w.shape[-1], dtype=torch.bool)
-        if stays is None
-        else stays.repeat_interleave(each),
-    )
-    return new, f.bias(new)
-
-
-def _shifted(stop, pairs):
-    "The weights as they are; only the mean is set right"
-    w = rows(stop.changed.weight.detach(), stop.changed)
-    return w, torch.cat([(y - w @ x).flatten(0, 1) for x, y in pairs], 1).mean(1)
-
-
-def _pairs(stop, norm, samples, seed):
-    "Samples of the changed inputs [g, d, n] and of the outputs wanted [g, r, n]"
-    op = stop.exact
-    random = torch.Generator().manual_seed(seed)
-    each = math.ceil(samples / stop.n)
-    for exact, changed, lack in stop.inputs():
-        at = positions(op, exact, each, random)
-        y = rows(op.weight.detach(), op) @ patches(op, exact, at)
-        if op.bias is not None:
-            y = y + op.bias.detach().view(len(y), -1, 1)
-        if lack is not None:
-            y = y + _before(norm, outputs_at(lack, at, len(y)))
-        yield patches(op, changed, at), y
+    if stays is None:
+        return least_squares(f, w, torch.ones(w.shape[-1], dtype=torch.bool))
+    each = w.shape[-1] // len(stays)  # a kernel's weights for one input
+    return least_squares(f, w, stays.repeat_interleave(each))
 
 
 def _before(norm, lack):

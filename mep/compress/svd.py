@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..cost import profile
 from ..graph import TraceError, is_plain, lockstep, note_shapes, resolve, swap, that_fit, trace
-from ..moments import Moments, Quadratic, image_batches, observe, patches, positions, rows
+from ..moments import Quadratic, image_batches, layer_quadratic, observe
 
 # %% ../../nbs/compress/21_svd.ipynb #750b4fce
 def compose(
@@ -348,15 +348,6 @@ def _pull(formula, factors, k, w):
     )
 
 # %% ../../nbs/compress/21_svd.ipynb #6dc9208d
-def _near(f, w, strength):
-    "The quadratic plus a multiple of the squared distance to `w`"
-    extra = strength * f.h.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)  # [g]
-    return f._replace(
-        h=f.h + torch.diag_embed(extra[:, None].expand(-1, w.shape[-1])),
-        c=f.c + extra[:, None, None] * w,
-    )
-
-
 class _White:
     "The coordinates of a layer in which its inputs are about white"
 
@@ -368,10 +359,7 @@ class _White:
             for m in self.roots
         ]
         turn = [m.mT for m in self.back]
-        best = torch.cholesky_solve(
-            f.c.mT, torch.linalg.cholesky(f.h)
-        ).mT  # least squares, nothing cut
-        self.w = _modes(best, self.roots)
+        self.w = _modes(f.solve(), self.roots)  # least squares, nothing cut
         self.c = _modes(f.c, turn)
         self.h = _modes(_modes(f.h, turn).mT, turn)
 
@@ -421,7 +409,7 @@ class Bench:
         self.factors, self.spectra = method.start(self.w.view(self.shape), method.formula)
 
     def _whiten(self, strength):
-        f = _near(self.quad._replace(c=self.quad.c * self.scale), self.own, strength)
+        f = self.quad._replace(c=self.quad.c * self.scale).near(self.own, strength)
         self.white = _White(self.method, f, sizes(self.op)[1])
         self.w = self.white.w
         self.c = self.white.c
@@ -684,22 +672,10 @@ def _in_order(model, images, names, make, samples=2**15, seed=0):
     exact = note_shapes(trace(model, x=images[0][:2]), images[0])
     changed = trace(model)
     for stop in lockstep(exact, changed, that_fit(exact, images), names):
-        new[stop.name] = make(stop.name, _asymmetric(stop, math.ceil(samples / stop.n), random))
+        quad = layer_quadratic(stop, samples, random, centred=True)
+        new[stop.name] = make(stop.name, quad)
         changed.set_submodule(stop.name, new[stop.name])
     return new
-
-
-def _asymmetric(stop, each, random):
-    "The quadratic of a layer with the inputs of the changed network and the outputs of the exact one"
-    op = stop.exact
-    moments = Moments()
-    for x, changed, _ in stop.inputs():
-        at = positions(op, x, each, random)
-        y = rows(op.weight, op) @ patches(op, x, at)
-        moments.add(
-            patches(op, changed, at), y if op.bias is None else y + op.bias.view(len(y), -1, 1)
-        )
-    return moments.quadratic()
 
 # %% ../../nbs/compress/21_svd.ipynb #6abfe1fb
 def factorize(

@@ -3,6 +3,9 @@
 _HOME = {
     "run": "core",
     "Config": "options",
+    "Net": "core",
+    "option": "options",
+    "stage": "options",
     "STAGES": "core",
     "Report": "report",
     "on_workers": "workers",

@@ -87,11 +87,12 @@ def _run(a):
     """Load data, train or load a network, quantize it, export it and measure both. A run that
     was interrupted resumes in its folder."""
     from mep.pipeline.core import run
-    from mep.pipeline.options import Config, check_config, config_from
+    from mep.pipeline.options import check_config, config_class, config_from
 
-    options = {k: v for k, v in vars(a).items() if k in Config.__dataclass_fields__}
-    if a.config:
-        options = _read_config(a.config) | options
+    found = _read_config(a.config) if a.config else {}
+    stages = getattr(a, "stage", found.get("stage"))
+    known = config_class(stages).__dataclass_fields__
+    options = found | {k: v for k, v in vars(a).items() if k in known}
     config = check_config(config_from(options))
     with _workers(a.dask, config.out):
         report = run(config, progress=not a.quiet, redo=a.redo, force=a.force)
@@ -140,6 +141,7 @@ def _compress(a):
     """Compress a trained network into one ONNX file in float, and measure it beside the
     original. Goes on where it was interrupted."""
     from mep.pipeline.convert import check_apart, open_network, shrink
+    from mep.pipeline.options import choose_compressions
 
     config = _config(a)
     if not config.data:
@@ -161,6 +163,7 @@ def _compress(a):
             a.finetune,
             a.weights_out,
             **options,
+            **choose_compressions(config.compress_by),
             progress=not a.quiet,
             force=a.force,
         )
@@ -233,10 +236,13 @@ def _inputs(config):
     "Option -> the file that is read for it, or None."
     from mep.registry import split_name
 
-    code = {k: split_name(getattr(config, k)) for k in ("model", "data", "method")}
-    return {"--weights": config.weights} | {
-        f"--{k}": found and found[0] for k, found in code.items()
-    }
+    options = dict(model="--model", data="--data", method="--method", compress_by="--compress-by")
+    found = {"--weights": config.weights}
+    for name, flag in options.items():
+        for said in (getattr(config, name) or "").split(","):
+            file = split_name(said)
+            found |= {f"{flag} {said}" if flag in found else flag: file[0]} if file else {}
+    return found
 
 
 def _print(report, as_json):
@@ -358,6 +364,8 @@ EXAMPLES = """examples:
   mep run --w-bits 4 --method nearest,adaround        two methods in one report
   mep run --data mine.py:pictures --method nearest,mine.py:floor     your own, registered as CONTRIBUTING.md shows
   mep run --compress 0.5                              half of the MACs, then INT8
+  mep run --compress 0.5 --compress-by channel,mine.py:grouped       by channels, and a method of yours
+  mep run --stage pruned.py:pruned --share 0.3        a stage of yours, with its option
   mep run --search 0.6                                a network that takes 60 % of the time, found by search, then INT8
   mep search --data shapes --scenarios scenarios.json --finetune 3     a front each, three networks
   mep search --data shapes --dask tcp://10.0.0.1:8786 --out /shared/search     on the workers of a cluster
@@ -374,10 +382,10 @@ To save weights of torchvision:
 """
 
 # %% ../../nbs/pipeline/92_cli.ipynb #7ab09a7f
-def _run_options(p):
-    from mep.pipeline.options import Config
+def _run_options(p, argv=()):
+    from mep.pipeline.options import config_class
 
-    add_options(p, Config)
+    add_options(p, config_class(_stages(argv)))
     p.add_argument(
         "--config",
         metavar="FILE",
@@ -386,6 +394,17 @@ def _run_options(p):
     p.add_argument("--redo", metavar="STAGE", help="compute this stage and those after it again")
     _dask_option(p)
     _common_options(p)
+
+
+def _stages(argv):
+    "The user's stages that a command names, or its config file: their options are the command's"
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--stage")
+    early.add_argument("--config")
+    a = early.parse_known_args(argv)[0]
+    if a.stage is None and a.config and Path(a.config).is_file():
+        return _read_config(a.config).get("stage")
+    return a.stage
 
 
 def _common_options(p):
@@ -448,7 +467,7 @@ def _compress_options(p):
         type=_whole(0, 100_000),
         default=0,
         metavar="EPOCHS",
-        help="epochs of training afterwards, with the original as the teacher (default: 0)",
+        help="epochs of training afterwards, with the original as the teacher; 10 were measured (default: 0)",
     )
     p.add_argument(
         "--weights-out",
@@ -456,7 +475,7 @@ def _compress_options(p):
         help="keep the weights, too: .safetensors, for `mep quantize --weights`",
     )
     _dask_option(p)
-    _file_options(p, *_OPEN, *_SHRINK)
+    _file_options(p, *_OPEN, *_SHRINK, "compress_by")
 
 
 def _search_options(p):
@@ -595,6 +614,7 @@ COMMANDS = dict(
 # %% ../../nbs/pipeline/92_cli.ipynb #439a27a2
 def parser(
     chosen: str = None,  # The command whose options are wanted
+    argv: list = (),  # The words behind it: a run's stages have options of their own
 ) -> argparse.ArgumentParser:
     "The parser of `mep`."
     p = argparse.ArgumentParser(
@@ -608,13 +628,15 @@ def parser(
         c = commands.add_parser(name, help=fn.__doc__, description=fn.__doc__)
         c.set_defaults(fn=fn)
         c.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-        if name == chosen and options:
-            options(c)
+        if name != chosen or not options:
+            continue
+        options(c, argv) if name == "run" else options(c)
     return p
 
 # %% ../../nbs/pipeline/92_cli.ipynb #d4b54e83
 def _cpus():
     "Cores this process may use: its affinity, and its container's quota."
+    # joblib.cpu_count knows it, too, but imports NumPy, whose threads are then set already
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -636,7 +658,11 @@ def main(
     "The shell command `mep`."
     argv = sys.argv[1:] if argv is None else argv
     _set_threads()
-    p = parser(chosen := next((w for w in argv if not w.startswith("-")), None))
+    chosen = next((w for w in argv if not w.startswith("-")), None)
+    try:
+        p = parser(chosen, argv)
+    except (ValueError, OSError) as e:  # a stage that can't be had
+        return _failed(e, chosen, argv)
     a = p.parse_args(argv)
     if not hasattr(a, "fn"):
         p.print_help()

@@ -7,11 +7,18 @@ __all__ = ['convert', 'shrink', 'check_apart', 'open_network']
 
 # %% ../../nbs/pipeline/93_convert.ipynb #c475ce0f
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
-from ..compress.select import compress, load_compressed, save_compressed
+from mep.compress.select import (
+    DEFAULT_METHODS,
+    compress,
+    load_compressed,
+    save_compressed,
+    tune,
+)
 from .. import __version__
 from ..data import Data, calibration, fingerprint
 from ..deploy import export_onnx, file_size, machine, read_meta
@@ -185,6 +192,7 @@ def shrink(
     seed: int = 0,  # Of all random choices
     progress: bool = True,  # Show bars on stderr
     force: bool = False,  # Overwrite files that mep did not write
+    methods: Iterable = DEFAULT_METHODS,  # As of `compress`
 ) -> Report:  # A row for the original and one for the file
     """Compress a network into an ONNX file, and measure it beside the original. What was
     interrupted goes on where it stopped.
@@ -210,19 +218,18 @@ def shrink(
         unfinished / f"finetune-{fingerprint(data)}.safetensors"
     )  # other images, another training
     small, found = compress(
-        net, data, macs=macs, n_images=n_images, seed=seed, checkpoint=unfinished, progress=progress
+        net,
+        data,
+        macs=macs,
+        methods=methods,
+        n_images=n_images,
+        seed=seed,
+        checkpoint=unfinished,
+        progress=progress,
     )
     if finetune:
-        small = fit(
-            small,
-            data,
-            finetune,
-            lr=0.02,
-            teacher=net,
-            checkpoint=tuning,
-            seed=seed,
-            progress=progress,
-        ).model.eval()
+        how = dict(seed=seed, checkpoint=tuning, progress=progress)
+        small = tune(small, data, net, finetune, **how)
     export_onnx(small, path, shape, meta=_meta(data))
     if weights:
         save_compressed(weights, small, found.plan)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'Net', 'State', 'open_data', 'load_data', 'find_classes', 'relabel', 'is_numbered', 'reference', 'search',
-           'check_reach', 'search_note', 'compress', 'compression_notes', 'quantize_by', 'quantization_notes',
-           'cost_facts', 'layer_bits', 'quantize', 'row_name', 'how', 'export', 'check_facts', 'measure_files',
-           'measure', 'early_exit', 'choose_stages', 'run', 'writable_folder']
+           'compress', 'compression_notes', 'quantize_by', 'quantization_notes', 'cost_facts', 'layer_bits', 'quantize',
+           'row_name', 'how', 'export', 'check_facts', 'measure_files', 'measure', 'early_exit', 'choose_stages', 'run',
+           'writable_folder']
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #aa1449d2
 import copy
@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mep
-from ..compress.select import Plan, apply_plan, compress as compress_network
+from ..compress.methods import find_compression
+from ..compress.select import RECIPE, Plan, apply_plan, compress as compress_network, tune
 from mep.conditional.early_exit import (
     Cascade,
     EarlyExit,
@@ -66,7 +67,16 @@ from mep.networks import (
     restore_network,
     sha256,
 )
-from .options import METHODS, Config, check_config, choose_methods, command, config_from
+from mep.pipeline.options import (
+    METHODS,
+    Config,
+    check_config,
+    choose_compressions,
+    choose_methods,
+    command,
+    config_from,
+    find_stages,
+)
 from .report import Report, accuracy_se, change, write
 from ..quant.export import Check, export_int8
 from ..quant.methods import find_rounding, round_by
@@ -140,6 +150,8 @@ class State:
         self.progress = progress
         self.redo = redo
         self.store = Store(self.folder / "store")
+        self.codes = {s.name: s.code for s in find_stages(config.stage)}  # of the user's stages
+        self.force = False
         self.data = None
         self.nets = {}
         self.records = {}
@@ -161,7 +173,8 @@ class State:
         "Begin one of several results of the stage. `options` replace the stage's own, and name the result."
         given = {k: _identity(k, v) for k, v in (self.options | options).items()}
         self.began = time.perf_counter()
-        self.key = f"{self.stage}-{content_hash([self.before, self.stage, given])[:16]}"
+        code = [self.codes[self.stage]] if self.stage in self.codes else []
+        self.key = f"{self.stage}-{content_hash([self.before, self.stage, given, *code])[:16]}"
         self.label = " ".join([self.stage, *map(_short, options.values())])
 
     def once(self, compute, handed_on=True):
@@ -213,16 +226,19 @@ def _identity(option, v):
     "What an option means: of a file its content, so that a moved file is the same and an edited one is not."
     if not isinstance(v, str):
         return v
-    if option == "method":
-        return _method_identity(v)
+    if option in _FINDERS:
+        return _identity_of_methods(v, _FINDERS[option])
     if split_name(v) and split_name(v)[0].is_file():
         return code_identity(*split_name(v)) if option == "model" else code_hash(v)
     return sha256(v) if Path(v).is_file() else v
 
 
-def _method_identity(names):
+_FINDERS = dict(method=find_rounding, compress_by=find_compression)  # option -> how names are found
+
+
+def _identity_of_methods(names, find):
     "The names of the book's methods; of a user's method, the code as well."
-    found = [find_rounding(name) for name in names.split(",")]
+    found = [find(name) for name in names.split(",")]
     if not any(r.code for r in found):
         return names
     return [[r.name, r.code] for r in found]
@@ -491,7 +507,7 @@ def search(
     *,
     search: float,  # Share of the network's latency to stay within; None: no search
     n_search: int,  # Networks to train for the predictor
-    finetune: int,  # Epochs of training, for these and for the one that is found
+    finetune: int,  # Epochs of training, for these and for the one that is found; None: 3
     threads: int,  # Threads of onnxruntime while timing
     seed: int,  # Of all random choices
 ):
@@ -500,6 +516,7 @@ def search(
     if search is None:
         return
     source = state.net
+    epochs = 3 if finetune is None else finetune
     folder = state.folder / "searching" / state.key
     parts = cache(
         lambda: lighter_space(
@@ -509,12 +526,12 @@ def search(
 
     def compute():
         claim(folder)
-        check_reach(parts()[0], Deployment(threads=threads), search, Store(folder / "latency"))
+        _check_reach(parts()[0], Deployment(threads=threads), search, Store(folder / "latency"))
         how = dict(n_jobs=torch.get_num_threads(), seed=seed, progress=state.progress)
         library = BlockLibrary(folder, *parts()).train(
             state.data, n_images=min(4000, len(state.data.train.dataset)), **how
         )
-        predictor = learn_accuracy(library, state.data, n_search, epochs=finetune, lr=0.02, **how)
+        predictor = learn_accuracy(library, state.data, n_search, epochs=epochs, lr=0.02, **how)
         front, table, ms = measured_front(
             library.space, predictor, Deployment(threads=threads), search, Store(folder / "latency")
         )
@@ -523,7 +540,7 @@ def search(
             best.arch,
             library,
             state.data,
-            finetune,
+            epochs,
             lr=0.02,
             checkpoint=folder / f"{best.arch.key}.safetensors",
             seed=seed,
@@ -536,7 +553,7 @@ def search(
         )
         return net.state_dict(), dict(
             arch=best.arch.to_json(),
-            notes=[search_note(library, n_search, best)],
+            notes=[_search_note(library, n_search, best)],
             nets=dict(searched=cost_facts(net, state.data.input_shape) | facts),
         )
 
@@ -552,7 +569,7 @@ def search(
     )
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #c084e529
-def check_reach(
+def _check_reach(
     space: SearchSpace,  # To search
     deployment: Deployment,  # Where the networks are to run
     share: float,  # Of the reference's latency
@@ -570,7 +587,7 @@ def check_reach(
         )
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #6b1f0bc2
-def search_note(
+def _search_note(
     library: BlockLibrary,  # That was searched
     n: int,  # Networks that were trained
     best: Point,  # What was found
@@ -588,13 +605,16 @@ def compress(
     state: State,  # The run
     *,
     compress: float,  # Share of the MACs to keep; None: all
-    finetune: int,  # Epochs of training afterwards
+    compress_by: str,  # Names of compression methods
+    finetune: int,  # Epochs of training afterwards; None: as many as were measured
     seed: int,  # Of all random choices
 ):
     "Stage 4: a network with fewer MACs, if that is asked for."
     if compress is None:
         return
     source = state.net
+    methods = choose_compressions(compress_by)
+    epochs = RECIPE["epochs"] if finetune is None else finetune
     parts = state.folder / "compressing" / state.key
 
     def compute():
@@ -602,21 +622,16 @@ def compress(
             source.module,
             state.data,
             macs=compress,
+            **methods,
             seed=seed,
             checkpoint=parts,
             progress=state.progress,
         )
-        if finetune:
-            small = fit(
-                small,
-                state.data,
-                finetune,
-                lr=0.02,
-                teacher=source.module,
-                checkpoint=parts / "finetune.safetensors",
-                seed=seed,
-                progress=state.progress,
-            ).model
+        if epochs:
+            how = dict(
+                seed=seed, checkpoint=parts / "finetune.safetensors", progress=state.progress
+            )
+            small = tune(small, state.data, source.module, epochs, **how)
         facts = cost_facts(small, state.data.input_shape) | dict(
             simulated=accuracy(small, state.data.test)
         )
@@ -837,6 +852,10 @@ def export(
         files = {}
         facts = {}
         meta = dict(classes=state.data.classes, preprocessing=state.data.preprocessing)
+        names = [
+            _file(state, name).name for name in state.nets
+        ]  # a user's stage may have added some
+        claim(state.folder, *names, force=state.force)
         for net in state.nets.values():
             path = _file(state, net.name)
             found = net.export(net.module, path, state.data.input_shape, meta)
@@ -1019,14 +1038,20 @@ STAGES = [load_data, reference, search, compress, quantize, export, measure, ear
 
 def choose_stages(
     until: str = None,  # Name of the last stage to run; None: all
+    own: str = None,  # The user's, as of `find_stages`: each runs before the stage that it names
 ) -> list:  # Functions, in order
     "The stages to run. Raises ValueError that names an unknown stage and the known ones."
-    names = [s.__name__ for s in STAGES]
-    if until is None:
-        return STAGES
-    if until not in names:
-        raise ValueError(f"unknown stage {until!r}; known: {', '.join(names)}")
-    return STAGES[: names.index(until) + 1]
+    stages = list(STAGES)
+    for s in find_stages(own):
+        stages.insert(_place(stages, s.before), s.make)
+    return stages if until is None else stages[: _place(stages, until) + 1]
+
+
+def _place(stages, name):
+    names = [s.__name__ for s in stages]
+    if name not in names:
+        raise ValueError(f"unknown stage {name!r}; known: {', '.join(names)}")
+    return names.index(name)
 
 # %% ../../nbs/pipeline/90_pipeline.ipynb #d195f63a
 def _check_names(config):
@@ -1109,8 +1134,8 @@ def run(
     config = check_config(
         config if isinstance(config, Config) else config_from({} if config is None else config)
     )
-    stages = choose_stages(config.until)
-    choose_stages(redo)
+    choose_stages(redo, config.stage)
+    stages = choose_stages(config.until, config.stage)
     _check_names(config)
     state = State(config, writable_folder(config.out), progress, redo)
     with _at_work(state, force), progress_bar(stages, progress, unit="stage") as bar:
@@ -1140,6 +1165,7 @@ def _at_work(state, force):
         ),
     ]
     files = ["config.json", "results.json", "report.html", *(_file(state, n).name for n in names)]
+    state.force = force
     claim(state.folder, "store", force=force)
     with state.store.lock():
         claim(state.folder, *_FOLDERS, *files, force=force)

@@ -38,7 +38,7 @@ from mep.quant.sim import (
     quantize,
 )
 from ..graph import tensors, worst_sqnr_db
-from ..train import evaluating, progress_bar
+from ..train import evaluating, progress_bar, tap
 
 # %% ../../nbs/quant/32_dfq.ipynb #616f1e22
 def prepare(
@@ -691,27 +691,21 @@ def bn_images(
     """Images made from noise so that each layer's outputs have the mean and deviation its
     batch norm remembers (Cai et al., ZeroQ, 2020). Raises ValueError without batch norms."""
     net = prepare(model, torch.randn(2, *input_shape).to(_device(model))).requires_grad_(False)
-    layers = [m for m in net.modules() if isinstance(m, _LAYERS) and _known(m)]
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, _LAYERS) and _known(m)}
     if not layers:
         raise ValueError("no layer of the network has a batch norm to make images from: give calib")
     x = (
         torch.randn(n, *input_shape, generator=torch.Generator().manual_seed(seed))
-        .to(layers[0].weight.device)
+        .to(_device(net))
         .requires_grad_()
     )
     optimizer = torch.optim.Adam([x], lr=lr)
-    errors = []
-    hooks = [
-        m.register_forward_hook(lambda m, _, y: errors.append(_mismatch_of(m, y))) for m in layers
-    ]
-    for _ in progress_bar(range(steps), progress, desc="images"):
-        errors.clear()
-        net(x)
-        optimizer.zero_grad()
-        sum(errors).backward()
-        optimizer.step()
-    for h in hooks:
-        h.remove()
+    with tap(net, layers) as outs:
+        for _ in progress_bar(range(steps), progress, desc="images"):
+            net(x)
+            optimizer.zero_grad()
+            sum(_mismatch_of(layers[n], y) for n, y in outs.items()).backward()
+            optimizer.step()
     return x.detach()
 
 # %% ../../nbs/quant/32_dfq.ipynb #4564087b
