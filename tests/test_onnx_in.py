@@ -4,7 +4,6 @@ new operator sets, what is refused; and the INT8 file that comes out."""
 import io
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,7 +18,7 @@ from mep.compress import compress
 from mep.cost import profile
 from mep.data import load
 from mep.graph import trace
-from mep.onnx_in import OnnxError, file_node, load_onnx, reads
+from mep.onnx_in import OnnxError, load_onnx, origin, reads, rename
 from mep.quant import adaround, dfq, export_int8, quantize
 
 F32 = TensorProto.FLOAT
@@ -485,7 +484,7 @@ def test_one_operator(name, tmp_path):
     path = write(tmp_path / "one.onnx", nodes, inits, (4, 9, 10), 13 if name != "split" else 11)
     net = load_onnx(path)
     same_as_onnxruntime(path, net, (4, 9, 10))
-    kept = [f for f in net.meta["onnx"] if f.became == "the file's own node"]
+    kept = [f for f in origin(net).nodes if f.became == "the file's own node"]
     assert bool(kept) == name.startswith(("kept", "microsofts", "selu"))
     trace(net, x=torch.randn(2, 4, 9, 10))
 
