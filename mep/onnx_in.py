@@ -553,9 +553,8 @@ def _known(r, tensor, name):
 def _tensor(proto):
     "A tensor of the file; half precision becomes float32"
     array = np.array(numpy_helper.to_array(proto))
-    if array.dtype.kind in "biuf" and array.dtype.itemsize > 2 or array.dtype.kind in "biu":
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.astype(np.float32))
+    keeps = array.dtype.kind in "biu" or array.dtype in (np.float32, np.float64)
+    return torch.from_numpy(array if keeps else array.astype(np.float32))
 
 # %% ../nbs/onnx_in.ipynb #e16c6bff
 @reads("Clip")
@@ -757,8 +756,10 @@ def _conv_transpose(r, node):
 
 
 def _cropped(r, y, where):
-    ends = [slice(b, y.shape[2 + d] - a) for d, (b, a) in enumerate(zip(where.before, where.after))]
-    return r.call(operator.getitem, y, (slice(None), slice(None), *ends))
+    whole = slice(None)
+    sizes = zip(y.shape[2:], where.before, where.after)
+    index = (whole, whole, *(slice(b, n - a) for n, b, a in sizes))
+    return r.call(operator.getitem, y, index)
 
 
 def _transposed_window(node, x, kernel):
@@ -935,8 +936,9 @@ def _average_pool(r, node):
 # %% ../nbs/onnx_in.ipynb #0a6b63d5
 @reads("Shape")
 def _shape(r, node):
-    ends = slice(node.get("start", 0), node.get("end"))
-    return Known([torch.tensor(t.shape[ends]) for t in node.input(0).values], node.name)
+    part = slice(node.get("start", 0), node.get("end"))
+    shapes = [t.shape[part] for t in node.input(0).values]
+    return Known(list(map(torch.tensor, shapes)), node.name)
 
 
 @reads("Size")
@@ -1054,7 +1056,8 @@ def _for_each(values):
 
 
 def _repeated(v, sizes):
-    return Known([t[:1].expand(n, *t.shape[1:]) for t, n in zip(v.values, sizes)], v.name)
+    pairs = zip(v.values, sizes)
+    return Known([t[:1].expand(n, *t.shape[1:]) for t, n in pairs], v.name)
 
 
 @reads("Expand")
@@ -1279,16 +1282,23 @@ def _resize(r, node):
 def _new_sizes(node, x):
     "Factors of all dimensions, or None, and the sizes that they give"
     newer = node.op == "Resize" and node.opset >= 11
+    axes = node.get("axes") or range(x.ndim)
     if newer and node.input(3) is not None:
-        given = [int(v) for v in node.input(3).values[0].flatten()]
-        sizes = _placed(x.shape, node.get("axes") or range(x.ndim), given)
-        whole = all(s % n == 0 for s, n in zip(sizes[2:], x.shape[2:]))
-        return [s / n for s, n in zip(sizes, x.shape)] if whole else None, sizes
+        given = node.input(3).values[0].flatten().tolist()
+        sizes = _placed(x.shape, axes, given)
+        return _whole_factors(x, sizes), sizes
     scales = node.input(2 if newer else 1)
     given = node.get("scales") if scales is None else scales.value.flatten().tolist()
     short = [float(str(np.float32(v))) for v in given]  # 0.7, not 0.699999988
-    factors = _placed([1.0] * x.ndim, node.get("axes") or range(x.ndim), short)
+    factors = _placed([1.0] * x.ndim, axes, short)
     return factors, [math.floor(n * f) for n, f in zip(x.shape, factors)]
+
+
+def _whole_factors(x, sizes):
+    "Factors where all are whole, for they hold for images of other sizes, too"
+    pairs = list(zip(sizes, x.shape))
+    whole = all(s % n == 0 for s, n in pairs[2:])
+    return [s / n for s, n in pairs] if whole else None
 
 
 def _placed(all_of_them, axes, given):
@@ -1797,15 +1807,20 @@ def _fold_pads(net):
         pad = node.args[0] if conv is not None else None
         if not isinstance(pad, fx.Node) or pad.target is not F.pad:
             continue
-        widths = list(pad.args[1])
-        even = widths[::2] == widths[1::2] and len(widths) <= 2 * (
-            pad_dims := len(conv.kernel_size)
-        )
-        if even and pad.args[2:] == ("constant", 0.0) and min(widths) >= 0:
-            more = widths[::2][::-1]
-            more = [0] * (pad_dims - len(more)) + more
-            _pad_more(conv, more)
+        widths = _even_widths(pad, len(conv.kernel_size))
+        if widths is not None:
+            _pad_more(conv, widths)
             node.args = (pad.args[0],)
+
+
+def _even_widths(pad, nd):
+    "How many zeros a padding puts on both sides of each of an image's `nd` dimensions, or None"
+    widths = list(pad.args[1])
+    before = widths[1::2]
+    plain = pad.args[2:] == ("constant", 0.0) and len(before) <= nd
+    if not plain or before != widths[::2] or min(before) < 0:
+        return None
+    return [0] * (nd - len(before)) + before[::-1]
 
 
 def _pad_more(conv, more):
