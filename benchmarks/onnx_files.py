@@ -226,7 +226,8 @@ def quantized(net, case, x, test, folder):
         warnings.simplefilter("ignore")
         q = quantize(net, x, per_channel=True, progress=False)
     check = export_int8(q, out, x=test)
-    row = dict(parity_db=check.sqnr_db, exact=check.sqnr_db == float("inf"))
+    exact = check.sqnr_db == float("inf")
+    row = dict(parity_db=None if exact else check.sqnr_db, exact=exact)
     row |= dict(integer_macs=check.integer_macs, int8_layers=check.integer_layers)
     with torch.no_grad():
         row |= dict(sqnr_db=worst_sqnr_db(tensors(net(test)), tensors(q(test))))
