@@ -16,6 +16,7 @@ _MODULES = (
     "moments",
     "pareto",
     "registry",
+    "onnx_in",
     "networks",
     "nas",
     "compress",
@@ -24,9 +25,13 @@ _MODULES = (
     "pipeline",
 )
 
+_FUNCTIONS = {"load_onnx": "onnx_in"}
+
 
 def __getattr__(name):
     "Import a module on first use, so that `import mep` is instant and `mep.data.load(...)` just works."
+    if name in _FUNCTIONS:
+        return getattr(__getattr__(_FUNCTIONS[name]), name)
     if name in _MODULES:
         import importlib
 
@@ -41,4 +46,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted([*globals(), *_MODULES])
+    return sorted([*globals(), *_MODULES, *_FUNCTIONS])

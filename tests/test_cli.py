@@ -12,17 +12,19 @@ from functools import cache
 from io import StringIO
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 
 from mep.data import load
-from mep.deploy import optimized_ops, run
+from mep.deploy import export_onnx, optimized_ops, run
 from mep.nas.search import Front
+from mep.onnx_in import rename
 from mep.pipeline.cli import COMMANDS, EXAMPLES, main, parser
 from mep.pipeline.core import Config
 from mep.store import Store
-from mep.train import fit, small_resnet
+from mep.train import accuracy, fit, small_resnet
 
 TINY = "--data digits --epochs 1 --n-train 256 --n-test 100 --n-calib 32 --n-latency 5".split()
 
@@ -285,6 +287,49 @@ def test_quantize_makes_one_file(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.pth", "q.onnx"]
     x = torch.randn(3, 1, 8, 8)
     assert torch.as_tensor(run(tmp_path / "q.onnx", x)).shape == net(x).shape
+
+
+def test_quantize_a_file_of_others(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = small_resnet(10, in_channels=1).eval()
+    theirs = tmp_path / "theirs.onnx"
+    export_onnx(net, theirs, (1, 8, 8))
+    rename(theirs, ("picture",), ("digit",))
+    ours = tmp_path / "ours.onnx"
+    words = ["quantize", theirs, "--quiet", "--data", "digits", "--n-latency", "3", "-o", ours]
+    assert (
+        main([*map(str, words), "--n-train", "64", "--n-test", "50", "--opset", "13", "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)["nets"]
+    assert found["INT8"]["parity_db"] is None or found["INT8"]["parity_db"] > 60
+    assert found["FP32"]["bytes"] == theirs.stat().st_size  # measured beside the file itself
+    file = onnx.load(ours)
+    assert [i.name for i in file.graph.input] == ["picture"]
+    assert [o.name for o in file.graph.output] == ["digit"]
+    assert file.opset_import[0].version == 13
+    assert main(["quantize", str(theirs), "--data", "digits", "-o", str(theirs)]) == 2
+    assert "is also the file of --model" in capsys.readouterr().err
+    assert main(["quantize", str(theirs), "--model", "small_resnet", "-o", str(ours)]) == 2
+    assert "two networks" in capsys.readouterr().err
+    assert main(["profile", str(theirs)]) == 0
+    assert "1x1x8x8" in capsys.readouterr().out
+    assert main(["latency", str(theirs), str(ours), "--n", "3"]) == 0
+
+
+def test_a_run_that_begins_with_a_file(tmp_path):
+    torch.manual_seed(0)
+    net = small_resnet(10, in_channels=1).eval()
+    export_onnx(net, tmp_path / "net.onnx", (1, 8, 8))
+    words = [w for w in TINY if w not in ("--epochs", "1")]
+    out = tmp_path / "run"
+    assert (
+        main(["run", *words, "--model", str(tmp_path / "net.onnx"), "--out", str(out), "--quiet"])
+        == 0
+    )
+    found = json.loads((out / "results.json").read_text())["nets"]["FP32"]["accuracy"]
+    test = load("digits", n_train=256, n_test=100).test
+    assert found == pytest.approx(accuracy(net, test))  # nothing was trained
 
 
 def test_quantize_without_any_data(tmp_path, capsys):

@@ -127,14 +127,30 @@ def _quantize(a):
     interrupted adaround resumes."""
     from mep.pipeline.convert import check_apart, convert, open_network
 
-    config = _config(a, w_bits=a.bits)
+    config = _config(a, w_bits=a.bits, **_named(a))
     check_apart({"--output": a.output}, _inputs(config))
     net, data = open_network(config, a.input)
     options = {k: getattr(config, k) for k in _CONVERT}
     _print(
-        convert(net, a.output, data, a.input, **options, progress=not a.quiet, force=a.force),
+        convert(
+            net,
+            a.output,
+            data,
+            a.input,
+            **options,
+            progress=not a.quiet,
+            force=a.force,
+            opset=a.opset,
+        ),
         a.json,
     )
+
+
+def _named(a):
+    "The network that is named without --model."
+    if a.network and "model" in vars(a):
+        raise ValueError(f"two networks, {a.network} and --model {a.model}: give one")
+    return dict(model=a.network) if a.network else {}
 
 
 def _compress(a):
@@ -143,7 +159,7 @@ def _compress(a):
     from mep.pipeline.convert import check_apart, open_network, shrink
     from mep.pipeline.options import choose_compressions
 
-    config = _config(a)
+    config = _config(a, **_named(a))
     if not config.data:
         raise ValueError(
             "which images does the network take? Give --data: a network is compressed so that it says the same of them"
@@ -242,7 +258,8 @@ def _inputs(config):
         for said in (getattr(config, name) or "").split(","):
             file = split_name(said)
             found |= {f"{flag} {said}" if flag in found else flag: file[0]} if file else {}
-    return found
+    file = {"--model": config.model} if str(config.model).endswith(".onnx") else {}
+    return found | file
 
 
 def _print(report, as_json):
@@ -262,11 +279,21 @@ def _network(name, weights, input_shape):
     )
 
 
+def _sizes(name, given):
+    "The sizes of one image: those given, those that an .onnx file fixes, or ImageNet's."
+    if given or not name.endswith(".onnx"):
+        return given or (3, 224, 224)
+    from mep.onnx_in import load_onnx, origin
+
+    return origin(load_onnx(name)).input_shape
+
+
 def _profile(a):
     "MACs, parameters and memory of a network, layer by layer."
     from mep.cost import profile
 
-    p = profile(_network(a.model, a.weights, a.input), a.input)
+    shape = _sizes(a.model, a.input)
+    p = profile(_network(a.model, a.weights, shape), shape)
     print(json.dumps(p.to_dict()) if a.json else p)
 
 # %% ../../nbs/pipeline/92_cli.ipynb #d20af3b3
@@ -274,8 +301,12 @@ def _latency(a):
     "Time networks or ONNX files under onnxruntime, in turn in one process."
     from mep.deploy import latencies
 
-    models = {m: m if m.endswith(".onnx") else _network(m, None, a.input) for m in a.models}
-    found = latencies(models, a.input, threads=a.threads, batch=a.batch, n=a.n)
+    files = [m for m in a.models if m.endswith(".onnx")]
+    shape = a.input if a.input or files else (3, 224, 224)
+    models = {m: m if m in files else _network(m, None, shape or (3, 224, 224)) for m in a.models}
+    if len(files) < len(models):
+        shape = shape or (3, 224, 224)
+    found = latencies(models, shape, threads=a.threads, batch=a.batch, n=a.n)
     if a.json:
         print(json.dumps({k: t.to_dict() for k, t in found.items()}))
         return
@@ -372,6 +403,8 @@ EXAMPLES = """examples:
   mep search --model torchvision:resnet18 --weights resnet18.pth --data imagenette --out runs/found
   mep quantize --model torchvision:resnet18 --weights resnet18.pth --data imagenette --bits 4 -o resnet18_w4.onnx
   mep quantize --model torchvision:mobilenet_v2 --weights mobilenet_v2.pth --input 3,224,224 -o int8.onnx     no data
+  mep quantize net.onnx --data folder:calib -o int8.onnx                           without PyTorch's code
+  mep quantize net.onnx --data folder:calib --opset 13 -o int8.onnx                for an older onnxruntime
   mep compress --model torchvision:resnet18 --weights resnet18.pth --data imagenette --macs 0.5 -o half.onnx
   mep profile torchvision:resnet18                    MACs and parameters, layer by layer
   mep latency runs/demo/fp32.onnx runs/demo/int8.onnx --input 3,32,32
@@ -430,6 +463,12 @@ def _file_options(p, *names):
     "What the commands that write one file share."
     from mep.pipeline.options import Config
 
+    p.add_argument(
+        "network",
+        nargs="?",
+        metavar="MODEL",
+        help="the network: FILE.onnx, or any other name that --model takes",
+    )
     p.add_argument("-o", "--output", required=True, metavar="FILE", help="ONNX file to write")
     add_options(
         p,
@@ -450,6 +489,12 @@ def _quantize_options(p):
     )
     p.add_argument(
         "--input", type=_shape, metavar="C,H,W", help="shape of one image; needed without --data"
+    )
+    p.add_argument(
+        "--opset",
+        type=_whole(13, 99),
+        metavar="N",
+        help="ONNX operator set of the file, for an older onnxruntime, from 13 (default: 17; 21 for 4 bits)",
     )
     _file_options(p, *_OPEN, *(n for n in _CONVERT if n != "w_bits"))
 
@@ -536,7 +581,8 @@ def _search_options(p):
 
 def _profile_options(p):
     p.add_argument(
-        "model", help="small_resnet, small_mobilenet, torchvision:NAME or FILE.py:FUNCTION"
+        "model",
+        help="small_resnet, small_mobilenet, torchvision:NAME, FILE.onnx or FILE.py:FUNCTION",
     )
     p.add_argument(
         "--weights",
@@ -546,9 +592,8 @@ def _profile_options(p):
     p.add_argument(
         "--input",
         type=_shape,
-        default=(3, 224, 224),
         metavar="C,H,W",
-        help="shape of one image (default: 3,224,224)",
+        help="shape of one image (default: the file's own, else 3,224,224)",
     )
     p.add_argument("--json", action="store_true", help="print JSON")
 
@@ -563,9 +608,8 @@ def _latency_options(p):
     p.add_argument(
         "--input",
         type=_shape,
-        default=(3, 224, 224),
         metavar="C,H,W",
-        help="shape of one image (default: 3,224,224)",
+        help="shape of one image (default: the files' own, else 3,224,224)",
     )
     p.add_argument(
         "--threads",

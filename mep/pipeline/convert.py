@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from mep.compress.select import (
@@ -22,9 +23,11 @@ from mep.compress.select import (
 from .. import __version__
 from ..data import Data, calibration, fingerprint
 from ..deploy import export_onnx, file_size, machine, read_meta
+from ..onnx_in import origin, rename
 from mep.networks import (
     build_network,
     count_outputs,
+    has_weights,
     load_weights,
     outputs_of,
     restore_network,
@@ -52,7 +55,7 @@ from .report import Report
 from ..quant.export import export_int8
 from ..quant.methods import find_rounding
 from ..store import StoreError, check_writable, claim, discard, load as load_artifact
-from ..train import fit
+from ..train import evaluating, fit
 
 # %% ../../nbs/pipeline/93_convert.ipynb #8a6b6016
 def convert(
@@ -70,6 +73,7 @@ def convert(
     seed: int = 0,  # Of all random choices
     progress: bool = True,  # Show bars on stderr
     force: bool = False,  # Overwrite a file that mep did not write
+    opset: int = None,  # ONNX operator set of the file, from 13; None: as `export_int8` chooses
 ) -> Report:  # A row for FP32 and one for the file
     """Quantize a network into an ONNX file, check the file against the simulation, and measure
     it beside FP32.
@@ -100,11 +104,10 @@ def convert(
     )
     name = row_name(method, w_bits, a_bits)
     meta = _meta(data)
-    facts = (
-        cost_facts(net, shape, q)
-        | check_facts(export_int8(q, path, meta=meta))
-        | dict(method=how(method, q))
-    )
+    check = export_int8(q, path, meta=meta, opset=opset)
+    if origin(net):
+        rename(path, origin(net).inputs, origin(net).outputs)
+    facts = cost_facts(net, shape, q) | check_facts(check) | dict(method=how(method, q))
     if resumes:
         discard(unfinished)
     nets = _beside(net, name, path, facts, data, shape, threads, n_latency)
@@ -119,10 +122,10 @@ def convert(
 def _beside(net, name, path, facts, data, shape, threads, n):
     "The rows of a file and of the network that it was made from."
     with tempfile.TemporaryDirectory() as d:
-        files = {"FP32": export_onnx(net, Path(d) / "fp32.onnx", shape), name: path}
+        files = {"FP32": _float_file(net, Path(d) / "fp32.onnx", shape), name: path}
         rows = measure_files(
             files,
-            data and data.test,
+            data.test if data and _gives_logits(net, shape) else None,
             shape,
             threads,
             n,
@@ -133,6 +136,18 @@ def _beside(net, name, path, facts, data, shape, threads, n):
         "FP32": rows["FP32"] | cost_facts(net, shape) | dict(bytes=before),
         name: rows[name] | facts | dict(bytes=after, smaller=before / after),
     }
+
+
+def _float_file(net, path, shape):
+    "The file that a network was read from, or one that is written for now"
+    return origin(net).path if origin(net) else export_onnx(net, path, shape)
+
+
+def _gives_logits(net, shape):
+    "Whether answers can be compared class by class: a detector's can't"
+    with torch.no_grad(), evaluating(net):
+        y = net(torch.zeros(2, *shape))
+    return isinstance(y, torch.Tensor) and y.ndim == 2
 
 
 def _one_method(method, w_bits):
@@ -268,7 +283,8 @@ def open_network(
 
     Raises ValueError for a network without weights, or without data and input_shape, and
     what opening either raises."""
-    if not config.weights and ".py:" not in config.model:
+    own = has_weights(config.model) or ".py:" in config.model
+    if not config.weights and not own:
         raise ValueError(
             f"{config.model} would have random weights: give weights, a .safetensors file or a torch state dict"
         )
@@ -286,10 +302,11 @@ def open_network(
     )
     shape = tuple(data.input_shape if data else input_shape)
     net = _restored(config.model, config.weights, shape)
+    if not data or len(data.classes) < 2:
+        return net, data
     n = count_outputs(net, shape)
-    return net, relabel(
-        data, find_classes(data.classes, n, config.class_index, is_numbered(data))
-    ) if data and len(data.classes) > 1 else data
+    index = find_classes(data.classes, n, config.class_index, is_numbered(data))
+    return net, relabel(data, index)
 
 # %% ../../nbs/pipeline/93_convert.ipynb #4fe86fe3
 def _restored(name, weights, shape):

@@ -63,6 +63,7 @@ from mep.networks import (
     code_identity,
     count_outputs,
     fill,
+    has_weights,
     load_weights,
     restore_network,
     sha256,
@@ -436,6 +437,7 @@ def reference(
 
     def compute():
         given = load_weights(weights) if weights else None
+        trained = given or has_weights(model)
         shape = state.data.input_shape
         net = (
             restore_network(model, given, shape, weights)
@@ -445,7 +447,7 @@ def reference(
         n = count_outputs(net, shape)
         index = find_classes(state.data.classes, n, class_index, is_numbered(state.data))
         net, history = _train(
-            state, net, index, epochs if epochs is not None else 0 if given else 10, seed
+            state, net, index, epochs if epochs is not None else 0 if trained else 10, seed
         )
         return net.state_dict(), dict(
             n_outputs=n,
@@ -1064,6 +1066,10 @@ def _check_names(config):
     )
     if config.weights and not Path(config.weights).is_file():
         raise FileNotFoundError(f"no weights file {config.weights}")
+    if has_weights(config.model):
+        if not Path(config.model).is_file():
+            raise FileNotFoundError(f"no file {config.model}")
+        return
     kind, _, rest = config.model.rpartition(":")
     if kind == "torchvision":
         check_torchvision(rest)

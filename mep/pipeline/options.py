@@ -63,11 +63,11 @@ class Config:
     std: tuple = option(None, "standard deviation per channel, likewise")
     model: str = option(
         "small_resnet",
-        "small_resnet, small_mobilenet, torchvision:NAME or FILE.py:FUNCTION, a file that is run",
+        "small_resnet, small_mobilenet, torchvision:NAME, FILE.onnx or FILE.py:FUNCTION, a file that is run",
     )
     weights: str = option(
         None,
-        "weights of the network, .safetensors or a torch state dict; without it the network is trained",
+        "weights of the network, .safetensors or a torch state dict; without it one that has none is trained",
     )
     class_index: tuple = option(
         None,
@@ -293,7 +293,7 @@ def _check_together(c):
     methods = choose_methods(c.method, c.w_bits)
     if c.n_calib == 0:
         _check_blind(methods)
-    if c.epochs == 0 and not c.weights:
+    if c.epochs == 0 and not c.weights and not str(c.model).endswith(".onnx"):
         raise ValueError(
             "epochs=0 and no weights: train for at least one epoch, or give a weights file"
         )

@@ -34,6 +34,7 @@ from ..capture import attribute
 from ..deploy import ExportError, file_size, has_vnni, optimized_ops, read_proto, run
 from ..graph import note_shapes, tensors, worst_sqnr_db
 from ..moments import output_size, patches, rows
+from ..onnx_in import file_node, node_of
 from .grid import PAIR_LIMIT, neighbours, pair_sums
 from ..ops import arguments, module_at, spelling
 from mep.quant.sim import (
@@ -47,6 +48,7 @@ from mep.quant.sim import (
     _logits,
     integer_share,
 )
+from ..registry import first_line
 from ..store import draft
 from ..train import sqnr_db
 
@@ -87,9 +89,9 @@ def _model(g, inputs, outputs, meta):
     "The finished model, in the oldest operator set that has its types"
     opset = 21 if any(c.data_type == TensorProto.INT4 for c in g.constants.values()) else OPSET
     graph = helper.make_graph(g.nodes, "mep", inputs, outputs, list(g.constants.values()))
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10, producer_name="mep"
-    )
+    others = sorted({n.domain for n in g.nodes} - {""})
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in others)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="mep")
     helper.set_model_props(model, {k: json.dumps(v) for k, v in meta.items()})
     onnx.checker.check_model(model)
     return model
@@ -739,6 +741,75 @@ def _local_response_norm(w, node, m):
         "LRN", w.input(node), size=m.size, alpha=float(m.alpha), beta=float(m.beta), bias=float(m.k)
     )
 
+# %% ../../nbs/quant/35_export.ipynb #a14f11e0
+@spells(file_node)
+def _own_node(w, node, m):
+    "What `mep.load_onnx` left as it was, with the weights that it reads"
+    *xs, model = node.args
+    proto = _in_our_opset(node_of(w.net.get_buffer(model.target)), node.name)
+    names = {i.name: w.value[x] for i, x in zip(proto.graph.input, xs)}
+    return _inline(w, proto.graph, names, f"{node.name}.")
+
+
+def _in_our_opset(proto, name):
+    "A file's own node, as the operator set of the INT8 file has it"
+    (node,) = proto.graph.node
+    own = {o.domain: o.version for o in proto.opset_import}.get("", OPSET)
+    if node.domain or _since(node, own) == _since(node, OPSET):
+        return proto
+    try:
+        return onnx.version_converter.convert_version(proto, OPSET)
+    except Exception as e:
+        raise ExportError(
+            f"{name}: the file's own {node.op_type} of opset {own} can't be written in opset {OPSET}"
+        ) from e
+
+
+def _since(node, opset):
+    "The version of an operator in an operator set; None if it isn't there"
+    try:
+        return onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _at_opset(model, opset):
+    "A model in another operator set, and in the oldest version of the format that has it"
+    if opset is None:
+        return model
+    newest = onnx.defs.onnx_opset_version()
+    if isinstance(opset, bool) or opset not in range(13, newest + 1):
+        raise ValueError(
+            f"opset={opset!r}: give 13, the first with scales per channel, to {newest}"
+        )
+    props = list(model.metadata_props)
+    if opset > model.opset_import[0].version:
+        model = onnx.version_converter.convert_version(model, opset)
+    model.opset_import[0].version = opset
+    if opset < 18:
+        _axes_as_attributes(model.graph)
+    for node in model.graph.node:
+        if not node.domain and _since(node, opset) is None:
+            raise ExportError(f"{node.name}: opset {opset} has no {node.op_type}; give a newer one")
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
+    del model.metadata_props[:]
+    model.metadata_props.extend(props)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as e:
+        raise ExportError(f"the network can't be written in opset {opset}: {first_line(e)}") from e
+    return model
+
+
+def _axes_as_attributes(graph):
+    "Before operator set 18, ReduceMean and its like had their axes as an attribute"
+    constants = {c.name: c for c in graph.initializer}
+    for node in graph.node:
+        of_input = node.op_type.startswith("Reduce") and node.op_type != "ReduceSum"
+        if of_input and len(node.input) == 2 and node.input[1] in constants:
+            axes = numpy_helper.to_array(constants[node.input.pop()]).tolist()
+            node.attribute.append(helper.make_attribute("axes", axes))
+
 # %% ../../nbs/quant/35_export.ipynb #90c80270
 @dataclass(frozen=True)
 class Check:
@@ -795,6 +866,8 @@ def export_int8(
     min_sqnr_db: float = 35,  # Least agreement of file and simulation
     int4: bool = True,  # Store weights of at most 4 bits two in a byte
     meta: dict | None = None,  # JSON-able facts to store in the file, as in `export_onnx`
+    # ONNX operator set of the file, from 13; below 21 no weights of 4 bits. None: 18, or 21 for them
+    opset: int | None = None,
 ) -> Check:
     """Write an ONNX file with integer weights, run it in onnxruntime, and compare it with the
     simulation. A file that fails is removed.
@@ -812,7 +885,9 @@ def export_int8(
         )
     x = x.detach().cpu()
     qm = copy.deepcopy(qmodel).cpu().eval()
+    int4 = int4 and (opset or 21) >= 21
     proto, writer = _proto(qm, torch.cat([x, x])[:2], int4, meta or {})
+    proto = _at_opset(proto, opset)
     path = _writable(path)
     with draft(path) as temp:  # two exports to one path don't meet
         Path(temp).write_bytes(proto.SerializeToString())
