@@ -32,6 +32,11 @@ def _number(w, a):
     return a
 
 
+def _by_word(**words):
+    "ONNX's operator for each of PyTorch's words"
+    return {word: op for op, several in words.items() for word in several}
+
+
 def _is_known(*values):
     "Whether none of them is a tensor, or changes with the number of images"
     found = torch.utils._pytree.tree_leaves(values)
@@ -118,7 +123,7 @@ def _transposed(w, node, m):
     )
 
 # %% ../../nbs/quant/37_words.ipynb #a3700015
-_UNARY = dict(
+_UNARY = _by_word(
     Tanh=(nn.Tanh, torch.tanh, F.tanh, "tanh"),
     Exp=(torch.exp, "exp"),
     Log=(torch.log, "log"),
@@ -135,12 +140,9 @@ _UNARY = dict(
 )
 
 
-def _unary(op):
-    return lambda w, node, m: w.add(op, w.input(node))
-
-
-for _op, _words in _UNARY.items():
-    spells(*_words)(_unary(_op))
+@spells(*_UNARY)
+def _unary(w, node, m):
+    return w.add(_UNARY[spelling(w.net, node)], w.input(node))
 
 
 @spells(torch.rsqrt, "rsqrt")
@@ -183,7 +185,7 @@ def _prelu(w, node, m):
     return w.add("PRelu", w.input(node), w.constant(f"{node.name}.slope", slopes))
 
 # %% ../../nbs/quant/37_words.ipynb #a3700017
-_BINARY = dict(
+_BINARY = _by_word(
     Add=(operator.add, operator.iadd, torch.add, "add"),
     Sub=(operator.sub, operator.isub, torch.sub, "sub"),
     Mul=(operator.mul, operator.imul, torch.mul, "mul"),
@@ -195,38 +197,33 @@ _BINARY = dict(
 )
 
 
-def _binary(op):
-    def spell(w, node, m):
-        floats = all(w.is_float(a) for a in node.args)
-        if len(node.args) != 2 or node.kwargs or not floats:
-            return in_torchs_words(w, node, m)
-        return w.add(op, *(w.operand(node, a) for a in node.args))
-
-    return spell
-
-
-for _op, _words in _BINARY.items():
-    spells(*_words)(_binary(_op))
+@spells(*_BINARY)
+def _binary(w, node, m):
+    floats = all(w.is_float(a) for a in node.args)
+    if len(node.args) != 2 or node.kwargs or not floats:
+        return in_torchs_words(w, node, m)
+    return w.add(_BINARY[spelling(w.net, node)], *(w.operand(node, a) for a in node.args))
 
 # %% ../../nbs/quant/37_words.ipynb #a3700019
-def _reduced(op):
-    def spell(w, node, m):
-        v = _numbers(w, node, "dim", "keepdim")
-        if not _is_known(v) or node.kwargs.get("dtype") is not None:
-            return in_torchs_words(w, node, m)
-        dims = v.get("dim")
-        dims = range(_rank(node)) if dims is None else [dims] if isinstance(dims, int) else dims
-        axes = [d % _rank(node) for d in dims]
-        keep = int(v.get("keepdim", False))
-        return w.add(op, w.input(node), w.integers(node, "axes", axes), keepdims=keep)
-
-    return spell
+_REDUCED = _by_word(
+    ReduceMean=(torch.mean, "mean"),
+    ReduceSum=(torch.sum, "sum"),
+    ReduceMax=(torch.amax, "amax"),
+    ReduceMin=(torch.amin, "amin"),
+)
 
 
-_REDUCED = dict(mean="ReduceMean", sum="ReduceSum", amax="ReduceMax", amin="ReduceMin")
-
-for _name, _op in _REDUCED.items():
-    spells(getattr(torch, _name), _name)(_reduced(_op))
+@spells(*_REDUCED)
+def _reduced(w, node, m):
+    v = _numbers(w, node, "dim", "keepdim")
+    if not _is_known(v) or node.kwargs.get("dtype") is not None:
+        return in_torchs_words(w, node, m)
+    dims = v.get("dim")
+    dims = range(_rank(node)) if dims is None else [dims] if isinstance(dims, int) else dims
+    axes = w.integers(node, "axes", [d % _rank(node) for d in dims])
+    return w.add(
+        _REDUCED[spelling(w.net, node)], w.input(node), axes, keepdims=int(v.get("keepdim", False))
+    )
 
 # %% ../../nbs/quant/37_words.ipynb #a370001b
 @spells(torch.select, "select")
