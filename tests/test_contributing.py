@@ -16,6 +16,7 @@ from mep.data import DATASETS, Source, check_name, fingerprint, load
 from mep.nas import CELLS, BlockLibrary, make_cell
 from mep.nas.finetune import trained_accuracies
 from mep.nas.space import choices, default_space
+from mep.pipeline import options
 from mep.pipeline import report as reports
 from mep.pipeline.cli import main
 from mep.pipeline.core import quantize_by
@@ -253,6 +254,24 @@ def test_a_stage(folder, capsys):
     with pytest.raises(SystemExit):
         main("run --stage pruned.py:pruned --help".split())
     assert "share of the weights to set to zero (default: 0.5)" in capsys.readouterr().out
+
+
+def test_what_is_registered_goes_along_to_worker_processes(folder):
+    for name in ("squeezed.py:squeezed", "stripes.py:stripes", "pruned.py:pruned"):
+        with user_function(name):
+            pass
+    found = joblib.Parallel(2)(joblib.delayed(carried(names_known))() for _ in range(2))
+    assert all({"squeezed", "stripes", "pruned"} <= set(names) for names in found)
+
+
+def names_known():
+    return [*CELLS, *DATASETS, *STAGE_RECORDS]
+
+
+def test_the_options_know_the_methods():
+    "Their help is there before PyTorch is"
+    assert options.COMPRESSIONS == list(COMPRESSIONS)
+    assert list(ROUNDINGS) == options.METHODS
 
 
 def test_a_stage_does_not_write_over_what_is_there(folder, capsys):
