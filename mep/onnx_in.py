@@ -8,6 +8,7 @@ __all__ = ['OnnxError', 'Known', 'Live', 'Reader', 'FileNode', 'reads', 'file_no
 
 # %% ../nbs/onnx_in.ipynb #2fcef4b9
 import ast
+import keyword
 import math
 import operator
 import re
@@ -1442,7 +1443,7 @@ def _build(proto, inputs, batches, fixed):
     "The reader, after it has read all nodes"
     r = Reader(batches, fixed)
     for i, it in enumerate(inputs):
-        node = r.net.graph.placeholder(re.sub(r"\W+", "_", it.name))
+        node = r.net.graph.placeholder(_argument(it.name))
         examples = [_example(it, n, i) for n in batches]
         r.values[it.name] = Live(node, examples)
     r.input = r.values[inputs[0].name].node
@@ -1450,6 +1451,13 @@ def _build(proto, inputs, batches, fixed):
     outs = {o.name: _output(r, o.name) for o in proto.graph.output}
     r.net.graph.output(next(iter(outs.values())) if len(outs) == 1 else outs)
     return r
+
+
+def _argument(name):
+    "An input's name as Python takes it"
+    name = re.sub(r"\W+", "_", name).strip("_") or "input"
+    plain = name.isidentifier() and not keyword.iskeyword(name) and name != "self"
+    return name if plain else f"input_{name}"
 
 
 def _output(r, name):

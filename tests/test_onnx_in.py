@@ -657,6 +657,26 @@ def test_a_file_that_counts_its_samples_says_so(tmp_path):
         load_onnx(path)  # the sum runs over the samples
 
 
+def test_a_file_that_needs_its_batch_keeps_it(tmp_path):
+    nodes = [N("Concat", ["x", "one"], ["c"], axis=0), N("Reshape", ["c", "t"], ["y"])]
+    inits = [weights("one", 1, 4, 6, 6), ints("t", 3, 144)]
+    path = write(tmp_path / "two.onnx", nodes, inits, (4, 6, 6), 13)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, path)
+    with pytest.warns(UserWarning, match=r"takes batches of 2 only.*'y' \(Reshape\)"):
+        net = load_onnx(path)
+    same_as_onnxruntime(path, net, (4, 6, 6), 2)
+
+
+def test_it_is_there_without_being_asked_for():
+    import mep
+
+    assert mep.load_onnx is load_onnx and "load_onnx" in dir(mep)
+    with pytest.raises(AttributeError, match="no attribute 'load_on'"):
+        mep.__getattr__("load_on")
+
+
 def test_a_wrong_reading_names_its_node(tmp_path):
     from mep import onnx_in
 
@@ -780,6 +800,28 @@ def test_inputs_and_outputs_get_other_names(tmp_path):
     assert torch.equal(before(x), load_onnx(path)(x))
     with pytest.raises(ValueError, match="names are given for 1 and 2"):
         rename(path, ("a",), ("b", "c"))
+
+
+@pytest.mark.parametrize("name", ["0", "input.1", "class", "self", "x:0", "图像"])
+def test_names_that_python_has_not(name, tmp_path):
+    nodes = [
+        N("Conv", [name, "1"], ["2"]),
+        N("Relu", ["2"], ["3"]),
+        N("Add", ["3", "3"], ["lambda"]),
+        N("Mul", ["lambda", "lambda"], ["4"], name="forward"),
+        N("Conv", ["4", "5"], ["y"], name="to"),
+    ]
+    inits = [weights("1", 6, 4, 3, 3), weights("5", 6, 6, 1, 1)]
+    inputs = [helper.make_tensor_value_info(name, F32, ["N", 4, 9, 10])]
+    outs = [helper.make_tensor_value_info("y", F32, None)]
+    graph = helper.make_graph(nodes, "odd", inputs, outs, inits)
+    opsets = [helper.make_opsetid("", 11)]
+    path = tmp_path / "odd.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=6), path)
+    net = load_onnx(path)
+    same_as_onnxruntime(path, net, (4, 9, 10))
+    trace(net, x=torch.randn(2, 4, 9, 10))
+    export(quantize(net, torch.randn(8, 4, 9, 10), progress=False), tmp_path / "q.onnx")
 
 
 def test_several_outputs_come_under_their_names(tmp_path):
