@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -320,20 +319,35 @@ def measure(net, calib, test, seen, where, folder):
     return row
 
 
+SEEDS = 3  # of adaround, whose results differ by as much as the limit costs
+
+
 @torch.no_grad()
 def rounding(net, calib, test):
-    """SQNR of 8-bit weights with the limit for pairs and without, to nearest and by adaround,
-    with a scale per channel and per layer"""
+    """SQNR of 8-bit weights with the limit for pairs and without, to nearest and by adaround
+    with several seeds, with a scale per channel and per layer: a list for each way"""
     want, found = outputs(net, test), {}
     for per_channel, way, cpu in itertools.product(
         (True, False), ("nearest", "adaround"), ("any", "vnni")
     ):
-        make = partial(adaround, w_bits=8) if way == "adaround" else quantize
-        qm = make(net, calib, per_channel=per_channel, cpu=cpu, progress=False)
-        found[
-            f"{'per channel' if per_channel else 'per layer'}, {way}, {'limit' if cpu == 'any' else 'no limit'}"
-        ] = sqnr_db(want, outputs(qm, test))
+        scales = "per channel" if per_channel else "per layer"
+        name = f"{scales}, {way}, {'limit' if cpu == 'any' else 'no limit'}"
+        kw = dict(per_channel=per_channel, cpu=cpu, progress=False)
+        found[name] = [sqnr_db(want, outputs(qm, test)) for qm in by_way(way, net, calib, **kw)]
     return found
+
+
+def by_way(way, net, calib, **kw):
+    "One network rounded to nearest, or one for each seed of adaround"
+    if way == "nearest":
+        yield quantize(net, calib, **kw)
+        return
+    for seed in range(SEEDS):
+        yield adaround(net, calib, w_bits=8, seed=seed, **kw)
+
+
+def means(rounded):
+    return {way: sum(dbs) / len(dbs) for way, dbs in rounded.items()}
 
 
 def finite(db):
@@ -356,6 +370,7 @@ def main():
     where = processors(a.arm)
     old = json.loads(Path(a.results).read_text()) if Path(a.results).exists() else {}
     rows, rounded, pairs = old.get("networks", {}), old.get("rounding", {}), old.get("pairs", {})
+    by_seed = old.get("rounding_by_seed", {})
     if not a.rounding_only:
         with tempfile.TemporaryDirectory() as d:
             pairs = probe(where["x86 without VNNI"], Path(d))
@@ -363,7 +378,8 @@ def main():
         if not a.rounding_only:
             with tempfile.TemporaryDirectory() as d:
                 rows[name] = measure(net, calib, test, seen, where, Path(d))
-        rounded[name] = rounding(net, calib, test)
+        by_seed[name] = rounding(net, calib, test)
+        rounded[name] = means(by_seed[name])
         print(name, {k: round(v, 2) for k, v in rounded[name].items()}, flush=True)
         print(
             name,
@@ -380,6 +396,7 @@ def main():
             pairs=pairs,
             networks=rows,
             rounding=rounded,
+            rounding_by_seed=by_seed,
         )
         Path(a.results).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ __all__ = ['REFERENCES', 'BasicBlock', 'SqueezeExcite', 'InvertedResidual', 'sma
 # %% ../nbs/01_train.ipynb #e3085723
 import copy
 import math
+import os
 import random
 import sys
 import time
@@ -804,6 +805,63 @@ def _train_epoch(run, loader, epoch, bar):
         raise NanError(_diagnosis(run, None, None, epoch, batch))
     return total / seen
 
+# %% ../nbs/01_train.ipynb #c4b01d01
+_SAMPLES = 64  # asked of a data set
+_WHOLE = 2**30  # bytes up to which an array is read as a whole; of a larger one every k-th row
+
+
+def _data_hash(train, seed):
+    """Tells training data from others at a glance: what lies in memory, names and sizes of
+    files, a sample. None for a loader that shows neither its batches nor a data set."""
+    shown = train if isinstance(train, (list, tuple)) else getattr(train, "dataset", None)
+    if shown is None:
+        return None
+    try:
+        return content_hash([_held(shown), None if shown is train else _sample(shown, seed)])[:16]
+    except (TypeError, RuntimeError):
+        return None  # arrays that have no bytes of their own, such as sparse ones
+
+
+def _held(value, depth=4):
+    "What a data set keeps where others see it, as `content_hash` takes it; None for anything else"
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OSU":
+        value = value.tolist()
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value[:: -(-value.nbytes // _WHOLE)] if value.nbytes > _WHOLE else value
+    if isinstance(value, (str, Path)):
+        return _named(value)
+    if isinstance(value, (list, tuple)):
+        return [_held(v, depth) for v in value]
+    if isinstance(value, (int, float)):
+        return value
+    if not depth or not (hasattr(value, "__getitem__") and hasattr(value, "__dict__")):
+        return None
+    seen = {k: v for k, v in vars(value).items() if k[0] != "_" and not isinstance(v, (int, float))}
+    return {k: _held(v, depth - 1) for k, v in seen.items()}
+
+
+def _named(text):
+    "A word, or a file's name and size; without the folder, which may have moved"
+    size = os.path.getsize(text) if os.path.isfile(text) else None
+    return [os.path.basename(text), size]
+
+# %% ../nbs/01_train.ipynb #c4b01d02
+def _sample(data, seed):
+    "Some items, evenly through a data set; None if it gives none, or others when asked again"
+    try:
+        at = range(0, len(data), max(1, len(data) // _SAMPLES))[:_SAMPLES]
+        first, again = (_item(data, at[0], seed) for _ in range(2))
+        return [_item(data, i, seed) for i in at] if first == again else None
+    except (TypeError, ValueError, LookupError, NotImplementedError):
+        return None
+
+
+def _item(data, i, seed):
+    _seed_all(seed, i)  # what an augmentation draws must repeat
+    item = data[i]
+    parts = item.items() if isinstance(item, dict) else enumerate(item)
+    return content_hash({str(k): _held(v) for k, v in parts})
+
 # %% ../nbs/01_train.ipynb #a4b44e98
 def _identity(model, recipe, teacher, train):
     "What a checkpoint must share with a call that resumes it."
@@ -813,10 +871,16 @@ def _identity(model, recipe, teacher, train):
         "model": type(model).__name__,
         "starting weights": content_hash(dict(model.state_dict())),
         "batches per epoch": len(train),
+        "training data": recipe.checkpoint and _data_hash(train, recipe.seed),
         "teacher": content_hash(dict(teacher.state_dict()))
         if isinstance(teacher, nn.Module)
         else plain(teacher),
     }
+
+
+def _differ(what, there, here):
+    "Whether two runs do; of training data one of them may know nothing"
+    return there != here and (what != "training data" or bool(there and here))
 
 
 def _check_identity(path, theirs, mine):
@@ -824,7 +888,7 @@ def _check_identity(path, theirs, mine):
     diff = [
         f"{k} is {theirs.get(k)!r} there and {mine.get(k)!r} here"
         for k in sorted(theirs.keys() | mine.keys())
-        if theirs.get(k) != mine.get(k)
+        if _differ(k, theirs.get(k), mine.get(k))
     ]
     if diff:
         raise ValueError(

@@ -252,6 +252,21 @@ def test_few_images_if_memory_is_short():
         adaround(net(), images(), memory=2e5, progress=False)
 
 
+def test_the_memory_bounds_the_calibration_too(monkeypatch):
+    asked = []
+    for name in ("quantize", "_logits", "_float_logits"):
+        real = getattr(ar, name)
+
+        def noted(*args, real=real, **kw):
+            asked.append(kw.get("memory", args[-1]))
+            return real(*args, **kw)
+
+        monkeypatch.setattr(ar, name, noted)
+    with pytest.warns(UserWarning, match="the first .* are used"):
+        adaround(net(), images(), memory=2e5, progress=False)
+    assert set(asked) == {2e5}
+
+
 def test_killed_and_resumed(tmp_path, monkeypatch):
     model, x = net(), images()
     whole, calls, real = adaround(model, x, progress=False), [], ar.solve

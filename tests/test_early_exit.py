@@ -608,6 +608,45 @@ def test_cascades_refuse_what_does_not_fit(net, tmp_path):
         Cascade(tmp_path / "b")
 
 
+def threshold(facts):
+    facts["thresholds"][0] = 0.99
+
+
+def swapped(facts):
+    facts["stages"].reverse()
+
+
+def classes(facts):
+    facts["meta"]["classes"] = ["b", "a"]
+
+
+def unsigned(facts):
+    del facts["sha256"]
+
+
+@pytest.mark.parametrize("change", [threshold, swapped, classes, unsigned])
+def test_a_cascade_whose_facts_were_changed_is_refused(net, change, tmp_path):
+    export_cascade(net, tmp_path, meta={"classes": ["a", "b"], "sizes": (1, 2), "names": {3: "c"}})
+    path = tmp_path / "cascade.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts))  # spaces and line ends say nothing
+    assert len(Cascade(tmp_path).stages) == len(net.stages)
+    change(facts)
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ModelFileError, match="cascade.json was changed"):
+        Cascade(tmp_path)
+
+
+def test_stage_files_that_changed_places_are_named(net, tmp_path):
+    export_cascade(net, tmp_path)
+    first, second = (tmp_path / f"stage{k}.onnx" for k in (0, 1))
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    with pytest.raises(ModelFileError, match="stage0.onnx is missing, damaged or of another"):
+        Cascade(tmp_path)
+
+
 def test_stages_go_through_quantization(net, tmp_path):
     from mep.quant import export_int8, quantize
 

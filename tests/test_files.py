@@ -480,7 +480,7 @@ def test_the_share_of_macs_on_integers_has_a_row():
 )
 def test_a_cascade_that_is_not_whole(change, tmp_path):
     whole = dict(
-        format="mep cascade 1",
+        format="mep cascade 2",
         stages=[dict(file="stage0.onnx", sha256="", macs=1)] * 2,
         temperatures=[1.0, 1.0],
         thresholds=[0.5],

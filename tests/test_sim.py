@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mep.quant import sim
 from mep.quant.grid import make_grid
 from mep.quant.sim import (
     Clip,
@@ -431,6 +432,72 @@ def test_a_saved_network_is_the_same_network(mobilenet, tmp_path, kw):
         load_quantized(tmp_path / "q.safetensors", small_resnet(5))
 
 
+# Memory
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    "The sizes of all batches that pass, and the bytes of the samples kept each time ranges are chosen"
+    seen = dict(batches=[], kept=[])
+    forward, choose = QuantModel.forward, sim._set_ranges
+
+    def passing(self, x):
+        seen["batches"].append(len(x))
+        return forward(self, x)
+
+    def choosing(qm, ranges):
+        seen["kept"].append(sum(o.kept.nbytes for o in qm.felt.values()))
+        return choose(qm, ranges)
+
+    monkeypatch.setattr(QuantModel, "forward", passing)
+    monkeypatch.setattr(sim, "_set_ranges", choosing)
+    return seen
+
+
+@pytest.mark.parametrize("ranges", ["output", "minmax", "mse", "percentile"])
+@pytest.mark.parametrize("n", [40, 400])
+def test_calibration_keeps_to_its_memory(resnet, watched, ranges, n):
+    each = sim._bytes_per_image(quiet(resnet, pictures(size=32)).net)
+    memory = 8 * each
+    watched["batches"].clear()
+    watched["kept"].clear()
+    quiet(resnet, pictures(n, size=32), ranges=ranges, memory=memory)
+    passes = [b for b in watched["batches"] if b > 2]  # beside the trial with two images
+    assert 6 == (1 - sim.KEPT) * memory / each and max(passes) * each <= memory
+    assert sum(passes) >= min(n, sim.LOOKED_AT)
+    assert watched["kept"] and max(watched["kept"]) <= sim.KEPT * memory
+
+
+def test_one_image_at_a_time_gives_nearly_the_same(resnet, watched):
+    x, want = pictures(64), None
+    for memory in (1e9, 1):
+        watched["batches"].clear()
+        qm = quiet(resnet, x, memory=memory)
+        largest = max(watched["batches"][1:])
+        with torch.no_grad():
+            db = sqnr_db(resnet(x), qm(x))
+        want = want or db
+    assert largest == 1 and abs(db - want) < 1.5
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 5000),
+    st.sampled_from([600, 6000, 10**7]),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
+def test_a_sample_stands_for_all_and_keeps_both_ends(n, memory, passes, seed):
+    x = torch.randn(passes, n, generator=torch.Generator().manual_seed(seed)) ** 3
+    observer = sim._Observer("layer", passes, memory, "cpu")
+    for part in x:
+        observer(part)
+    values, counts, _ = observer.kept[:, : observer.used]
+    assert counts.sum().item() == pytest.approx(x.numel(), rel=1e-4)
+    assert values.min() == x.min() and values.max() == x.max()
+    assert observer.used * 12 <= max(memory, 12 * 12 * passes)
+
+
 # Bad input
 
 
@@ -444,6 +511,9 @@ def test_a_saved_network_is_the_same_network(mobilenet, tmp_path, kw):
         (dict(ranges="max"), "minmax"),
         (dict(skip=["stem.7"]), "stem.0"),
         (dict(layer_bits={"nothing": (4, 4)}), "nothing"),
+        (dict(memory=0), "memory=0"),
+        (dict(memory="2 GB"), "memory='2 GB'"),
+        (dict(memory=math.inf), "memory=inf"),
     ],
 )
 def test_bad_settings_are_named(resnet, kw, words):

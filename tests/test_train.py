@@ -343,6 +343,97 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         fit(net(), toy(), teacher=net(seed=2), **kw)
 
 
+class Pictures(torch.utils.data.Dataset):
+    "Noise that is drawn when asked for, as a picture file is read; `also` can draw at random, too"
+
+    def __init__(self, seed=0, labels=4, also=lambda x: x):
+        self.seed = seed
+        self.targets = [i % labels for i in range(400)]
+        self.also = also
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        g = torch.Generator().manual_seed(1000 * self.seed + i)
+        return self.also(torch.randn(3, 8, 8, generator=g)), self.targets[i]
+
+
+def repainted(loader):
+    loader.dataset.tensors[0][5] *= -1
+    return loader
+
+
+def relabelled(loader):
+    y = loader.dataset.tensors[1]
+    y[0] = (y[0] + 1) % 4
+    return loader
+
+
+def in_memory(change=lambda loader: loader):
+    return change(toy())
+
+
+def in_batches(change=lambda loader: loader):
+    return list(change(toy()))
+
+
+@pytest.mark.parametrize("make", [in_memory, in_batches])
+@pytest.mark.parametrize("change", [repainted, relabelled])
+def test_a_checkpoint_of_other_data_is_refused(tmp_path, make, change):
+    kw = quick | dict(checkpoint=tmp_path / "run.safetensors")
+    done = fit(net(), make(), **kw)
+    with pytest.raises(ValueError, match="training data is '.*' there and '.*' here"):
+        fit(net(), make(change), **kw)
+    assert same(fit(net(), make(), **kw).model, done.model)
+    fit(net(), make(change), **kw, resume=False)
+
+
+def pictures(**kw):
+    return DataLoader(Pictures(**kw), 100, shuffle=True, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("also", [lambda x: x, lambda x: x + torch.rand(())])
+def test_pictures_that_are_drawn_when_asked_for_are_told_by_some(tmp_path, also):
+    kw = quick | dict(checkpoint=tmp_path / "run.safetensors")
+    done = fit(net(), pictures(also=also), **kw)
+    assert same(fit(net(), pictures(also=also), **kw).model, done.model)
+    for other in (pictures(also=also, seed=1), pictures(also=also, labels=3)):
+        with pytest.raises(ValueError, match="training data"):
+            fit(net(), other, **kw)
+
+
+def test_data_that_are_never_twice_the_same_are_told_by_their_labels(tmp_path):
+    noise = np.random.default_rng(0)
+    kw = quick | dict(checkpoint=tmp_path / "run.safetensors")
+
+    def shaken(x):
+        return x + noise.random(dtype=np.float32)
+
+    done = fit(net(), pictures(also=shaken), **kw)
+    assert same(fit(net(), pictures(also=shaken), **kw).model, done.model)
+    with pytest.raises(ValueError, match="training data"):
+        fit(net(), pictures(also=shaken, labels=3), **kw)
+
+
+def test_picture_files_are_told_by_name_and_size(tmp_path):
+    def told(folder, text):
+        file = tmp_path / folder / "cat.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        return T._held([(str(file), 0)])
+
+    assert told("here", "abc") == told("there", "abc") == [[["cat.png", 3], 0]]
+    assert told("here", "abcd") != told("there", "abc")
+
+
+def test_what_tells_data_apart_asks_for_little(tmp_path):
+    asked = []
+    loader = pictures(also=lambda x: asked.append(1) or x)
+    T._data_hash(loader, 0)
+    assert 0 < len(asked) <= 70 < len(loader.dataset)
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "run.safetensors"
     fit(net(), toy(), checkpoint=path, **quick)

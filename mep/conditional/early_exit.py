@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from ..cost import profile
 from ..deploy import Latency, ModelFileError, Scenario, _no_gc, export_onnx, session
 from ..graph import TraceError, add_module, note_shapes, trace
-from ..store import load as load_artifact, save as save_artifact, write_atomic
+from ..store import content_hash, load as load_artifact, save as save_artifact, write_atomic
 from ..train import Fit, _check_labels, evaluating, fit, soft_targets, undisturbed
 
 # %% ../../nbs/conditional/40_early_exit.ipynb #5e3dec46
@@ -990,15 +990,22 @@ def export_cascade(
         settings=net.settings,
         meta=meta or {},
     )
+    facts["sha256"] = _own_hash(facts)
     write_atomic(folder / "cascade.json", json.dumps(facts, indent=1).encode())
     return folder
 
 # %% ../../nbs/conditional/40_early_exit.ipynb #ade55498
-_FORMAT = "mep cascade 1"
+_FORMAT = "mep cascade 2"
 
 
 def _sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _own_hash(facts):
+    "Of all that `cascade.json` says, but this"
+    rest = {k: v for k, v in facts.items() if k != "sha256"}
+    return content_hash(json.loads(json.dumps(rest)))  # as it will be read
 
 
 def _facts(folder):
@@ -1015,6 +1022,11 @@ def _facts(folder):
     if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
         raise ModelFileError(f"{path} is not what export_cascade writes: export the cascade again")
     _check_facts(path, facts)
+    if facts.get("sha256") != _own_hash(facts):
+        raise ModelFileError(
+            f"{path} was changed after export_cascade wrote it: export the cascade again "
+            "(other thresholds are given to predict)"
+        )
     for stage in facts["stages"]:
         file = path.with_name(stage["file"])
         if not file.is_file() or _sha256(file) != stage["sha256"]:

@@ -483,7 +483,8 @@ def adaround(
     settings = dict(
         w_bits=w_bits, a_bits=a_bits, per_channel=per_channel, layer_bits=layer_bits, **kw
     )
-    qm = quantize(model, fitted, progress=False, memory=min(memory, 1e9), **settings)
+    least = min(memory, 1e9)  # more would make nothing better
+    qm = quantize(model, fitted, progress=False, memory=least, **settings)
     nearest = copy.deepcopy(qm)
     store = checkpoint if isinstance(checkpoint, Store) or checkpoint is None else Store(checkpoint)
     options["key"] = (
@@ -495,7 +496,7 @@ def adaround(
     )
     with torch.no_grad(), store.lock() if store else nullcontext():
         _solve_layers(qm, that_fit(qm.net, fitted, memory), store, options, progress)
-    return _judged(qm, nearest, fitted[0][:8] if held is None else held)
+    return _judged(qm, nearest, fitted[0][:8] if held is None else held, least)
 
 # %% ../../nbs/quant/33_adaround.ipynb #f380d7b8
 def _hold_out(batches):
@@ -515,11 +516,11 @@ def _hold_out(batches):
     return [b for b in fitted if len(b)], torch.cat(held)[:64]
 
 
-def _judged(qm, nearest, x):
+def _judged(qm, nearest, x, memory):
     """The rounded network; or the nearest where, beyond what chance explains, that keeps the
     outputs better on images that neither was fitted to"""
-    want = _float_logits(nearest, x, 1e9)
-    rounded, plain = (_logits(q, x, 1e9) for q in (qm, nearest))
+    want = _float_logits(nearest, x, memory)
+    rounded, plain = (_logits(q, x, memory) for q in (qm, nearest))
     if not _worse(want, rounded, plain):
         return qm
     db = [worst_sqnr_db(want, out) for out in (plain, rounded)]
