@@ -86,12 +86,14 @@ def settled(net, x):
 
 
 def recorded_by(net, x):
+    "Without images, torch.fx alone is asked; with them, torch.export too"
     try:
-        trace(net)  # without images, torch.fx alone is asked
-        return "torch.fx"
+        trace(net)
+        alone = True
     except TraceError:
-        trace(net, x=x)
-        return "torch.export"
+        alone = False
+    trace(net, x=x)
+    return "torch.fx" if alone else "torch.export"
 
 
 def measure(make, name, folder, rounds):
@@ -111,7 +113,8 @@ def measure(make, name, folder, rounds):
     row |= dict(
         integer_macs=round(check.integer_macs, 4),
         float_layers=check.float_layers,
-        file_db=check.sqnr_db,
+        every_bit=check.sqnr_db == float("inf"),
+        file_db=None if check.sqnr_db == float("inf") else round(check.sqnr_db, 1),
         apart=None if check.apart is None else check.apart._asdict(),
         floats=len(qm.report.floats),
     )

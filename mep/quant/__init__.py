@@ -20,6 +20,7 @@ from .export import Check, MismatchError, export_int8, overflows, without_vnni
 from .dfq import absorb_bias, correct_bias, dfq, equalize
 from .adaround import adaround
 from .bayesian_bits import bayesian_bits
+from .detectors import core_inputs, core_of, from_file, with_core
 from .methods import ROUNDINGS, rounding
 from . import words  # noqa: F401  what stays in float, in the file's words: its functions register themselves
 
@@ -33,6 +34,8 @@ __all__ = [
     "absorb_bias",
     "adaround",
     "bayesian_bits",
+    "core_inputs",
+    "core_of",
     "correct_bias",
     "dfq",
     "equalize",
@@ -40,6 +43,7 @@ __all__ = [
     "fake_quant",
     "fit_grid",
     "fold_bn",
+    "from_file",
     "load_quantized",
     "make_grid",
     "minmax_range",
@@ -50,5 +54,6 @@ __all__ = [
     "rounding",
     "save_quantized",
     "sensitivity",
+    "with_core",
     "without_vnni",
 ]
