@@ -112,7 +112,8 @@ def _choose(costs, values, budget, excluded):
     for chosen in excluded:
         limits.append(_not_all(starts + chosen, len(spent)))
     found = milp(
-        lost * (1e6 / (lost.max() or 1)),  # the solver's tolerance is 1e-6, whatever the scale
+        lost
+        * (1e6 / max(lost.max(), 1e-300)),  # the solver's tolerance is 1e-6, whatever the scale
         constraints=limits,
         integrality=np.ones(len(spent)),
         bounds=(0, 1),
@@ -131,7 +132,7 @@ def _one_of_each(starts, ends):
 
 
 def _at_most(spent, room):
-    scale = 1e3 / (max(room, spent.max()) or 1)
+    scale = 1e3 / max(room, spent.max(), 1e-300)
     return LinearConstraint(spent[None] * scale, -np.inf, room * scale)
 
 

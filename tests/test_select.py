@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -85,6 +85,7 @@ options = st.lists(st.builds(Option, st.integers(1, 30), st.floats(0, 3)), min_s
 
 
 @settings(max_examples=150, deadline=None)
+@example(items=[[Option(1, 2.2e-309), Option(2, 0.0)]], share=0.0)  # less than floats can divide by
 @given(items=st.lists(options, min_size=1, max_size=5), share=st.floats(0, 1))
 def test_knapsack_is_exact(items, share):
     least, most = (
