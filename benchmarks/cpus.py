@@ -319,7 +319,7 @@ def measure(net, calib, test, seen, where, folder):
     return row
 
 
-SEEDS = 3  # of adaround, whose results differ by as much as the limit costs
+SEEDS = 3  # of adaround, whose results differ by a tenth of a decibel or two
 
 
 @torch.no_grad()
