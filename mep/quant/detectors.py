@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..train import evaluating
@@ -66,6 +67,7 @@ def core_inputs(
 def with_core(
     detector: nn.Module,  # As in `core_of`; not changed
     core: Callable,  # What takes the core's place: a quantized network, or a function that runs a file
+    size: tuple = None,  # (H, W) that batches are padded to, where the core takes one size alone; None: as it was
 ) -> nn.Module:  # A copy of the detector, called as before
     "The detector with another core. Raises as `core_of`."
     _home_of_head(detector)
@@ -74,7 +76,26 @@ def with_core(
     back = _Maps(core, detector.backbone)
     _home_of_head(changed).head = _Outputs(back)
     changed.backbone = back
+    if size is not None:
+        changed.transform.batch_images = _padding_to(size, changed.transform.batch_images)
     return changed.eval()
+
+
+def _padding_to(size, batch_images):
+    """`transform` pads images with zeros to the largest of a batch; here to one size for all
+    batches"""
+
+    def padded(images, size_divisible=32):
+        batch = batch_images(images, size_divisible)
+        room = [have - got for have, got in zip(size, batch.shape[-2:])]
+        if min(room) < 0:
+            raise ValueError(
+                f"images of {tuple(batch.shape[-2:])} after resizing: the core takes {tuple(size)}; "
+                "calibrate with images of all shapes, or give smaller max_size"
+            )
+        return F.pad(batch, (0, room[1], 0, room[0]))
+
+    return padded
 
 
 class _Maps(nn.Module):
