@@ -170,6 +170,8 @@ def trace(
         net = first(model, leaves, x)
     except _Refused as e:
         net = _second_try(second, e, model, leaves, x)
+    if x is not None and first is _by_fx and any(map(_hides, net.graph.nodes)):
+        net = _seen_through(model, leaves, x) or net
     net = _out_of_place(_unshare(net))
     if x is not None:
         _compare(model, net, x)
@@ -182,6 +184,21 @@ class _Refused(TraceError):
 
 # of several layers each, which torch.fx would record as one
 _COMPOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def _hides(node):
+    "Whether a node calls a function that torch.fx was told not to look into, such as Swin's attention"
+    if node.op != "call_function" or node.target.__name__ == "stochastic_depth":
+        return False
+    home = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return home not in ("torch", "_operator", "math", "builtins", "mep", "__main__")
+
+
+def _seen_through(*args):
+    try:
+        return _by_export(*args)
+    except _Refused:
+        return None
 
 
 def _second_try(record, refused, *args):

@@ -518,6 +518,7 @@ def recipe_of(call):
     return {k: kw[k] for k in RECIPE}
 
 
+@pytest.mark.slow  # four compressions
 def test_one_recipe_for_all(asked, tmp_path):
     "In Python, in `mep compress` and in `mep run`"
     data = load("digits", n_train=600, n_valid=0, n_test=50)
