@@ -43,7 +43,10 @@ TIMM = """beit_base_patch16_224 cait_xxs24_224 coat_tiny coatnet_nano_rw_224 con
 def torchvision_net(name):
     kw = dict(init_weights=True) if name in ("googlenet", "inception_v3") else {}
     size = {"inception_v3": 299, "swin_v2_t": 256}.get(name, 224)
-    return torchvision.models.get_model(name, weights=None, **kw), size
+    net = torchvision.models.get_model(name, weights=None, **kw)
+    if name.startswith("vit"):
+        nn.init.normal_(net.heads.head.weight, std=0.02)  # zeros, which would hide every error
+    return net, size
 
 
 def segmentation_net(name):
