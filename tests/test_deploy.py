@@ -173,9 +173,9 @@ def test_a_failed_export_keeps_the_old_file(net, tmp_path):
 
     class Frozen(nn.Module):
         def forward(self, x):
-            return x - x.sum(0) / len(x)
+            return x - x.sum(0) / int(x.shape[0])
 
-    with pytest.raises(deploy.ExportError, match="batch size.*len"):
+    with pytest.raises(deploy.ExportError, match="batch size"):
         deploy.export_onnx(Frozen(), path, SHAPE)
     assert path.read_bytes() == old
 
