@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 # %% ../nbs/capture.ipynb #ca90000d
@@ -218,9 +218,7 @@ class _Layers:
         weight = attribute(self.model, weights[0].target)
         if bias is not None and bias not in weights or not isinstance(weight, nn.Parameter):
             return None
-        owner = attribute(self.model, path)
-        plain = isinstance(owner, kind) and type(owner).forward is kind.forward
-        if name == "weight" and not given and plain:
+        if name == "weight" and _is_linear(attribute(self.model, path), bias):
             return path
         key = (weights[0].target, str(bias), str(given))
         if key not in self.made:
@@ -228,6 +226,12 @@ class _Layers:
             layer = _with_weights(kind, weight, bias, given, self.model)
             self.made[key] = _add(self.model, f"{path}.{stem}" if path else stem, layer)
         return self.made[key]
+
+
+def _is_linear(owner, bias):
+    "Whether a linear layer, called with or without a bias, is this module"
+    plain = isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
+    return plain and (owner.bias is None) == (bias is None)
 
 
 def _with_weights(kind, weight, bias, given, model):
@@ -424,8 +428,9 @@ def _made_new(node):
     make = _NEW.get(_aten_name(node)) if of_torchs else None
     if make is None:
         return node.target, node.args
-    dtype = node.kwargs.get("dtype") or _example(node.args[0]).dtype
-    return lambda *args, **kw: make(*args, dtype=dtype), node.args[1:]
+    x = _example(node.args[0])
+    like = dict(dtype=node.kwargs.get("dtype") or x.dtype, device=x.device)
+    return lambda *args, **kw: make(*args, **like), node.args[1:]
 
 
 def _plain(out):

@@ -518,17 +518,16 @@ def recipe_of(call):
     return {k: kw[k] for k in RECIPE}
 
 
-@pytest.mark.slow  # four compressions
 def test_one_recipe_for_all(asked, tmp_path):
     "In Python, in `mep compress` and in `mep run`"
     data = load("digits", n_train=600, n_valid=0, n_test=50)
     net = small_resnet(10, 1, width=4).eval()
-    few = dict(macs=0.8, n_images=256, seed=0, progress=False)
+    few = dict(macs=0.8, n_images=256, seed=0, progress=False, methods=("weight_svd_out",))
     longer = RECIPE | dict(epochs=2)
     assert recipe_of(lambda: compress(net, data, epochs=2, **few)) == longer
     assert recipe_of(lambda: shrink(net, tmp_path / "c.onnx", data, finetune=2, **few)) == longer
     config = dict(data="digits", n_train=600, n_test=50, epochs=1, compress=0.8, n_latency=2)
-    config |= dict(out=str(tmp_path / "run"), until="compress")
+    config |= dict(out=str(tmp_path / "run"), until="compress", compress_by="weight_svd_out")
     assert recipe_of(lambda: run(config, progress=False)) == RECIPE
     assert recipe_of(lambda: run(config | dict(finetune=2), progress=False)) == longer
 
